@@ -1,0 +1,31 @@
+"""zinfer: run models far larger than memory; weights stream from NVMe in the order operators use them."""
+
+from zinfer._version import __version__
+from zinfer.errors import (
+    BudgetError,
+    CheckpointChangedError,
+    CheckpointError,
+    ClosedError,
+    DriveError,
+    OptionError,
+    ReadOnlyError,
+    StoreError,
+    ZinferError,
+)
+from zinfer.report import Report
+from zinfer.run import run
+
+__all__ = [
+    "BudgetError",
+    "CheckpointChangedError",
+    "CheckpointError",
+    "ClosedError",
+    "DriveError",
+    "OptionError",
+    "ReadOnlyError",
+    "Report",
+    "StoreError",
+    "ZinferError",
+    "__version__",
+    "run",
+]
