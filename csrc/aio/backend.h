@@ -1,0 +1,68 @@
+// The one seam between policy and the kernel: operations go in, completions come out.
+//
+// A backend knows nothing of alignment, retries, short reads or requests. One thread (the reactor) calls
+// submit() and wait(); any thread may call wake(). The owner never has more than `depth` operations in
+// flight and destroys a backend only when none is.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace zinfer::aio {
+
+enum class OpKind : std::uint8_t { read };
+
+struct Op {
+  OpKind kind = OpKind::read;
+  int fd = -1;
+  void* address = nullptr;
+  std::uint64_t length = 0;  // bytes, below 2 GiB
+  std::uint64_t offset = 0;
+  std::uint64_t token = 0;   // the owner's, handed back as it is
+};
+
+struct Completion {
+  std::uint64_t token = 0;
+  std::int64_t result = 0;  // bytes, or -errno
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const char* name() const = 0;
+  // Takes all of them; what cannot be submitted completes with its -errno.
+  virtual void submit(const std::vector<Op>& ops) = 0;
+  // Appends completions; blocks until there is one or wake() was called since the last return.
+  virtual void wait(std::vector<Completion>& completions) = 0;
+  virtual void wake() = 0;
+};
+
+// One line of the scripted backend: what happens to one operation.
+struct Fault {
+  enum class Kind { ok, short_read, error, zero, delay, hold };
+  Kind kind = Kind::ok;
+  double value = 0;  // bytes, errno, seconds, or operations
+};
+
+struct BackendOptions {
+  unsigned depth = 16;
+  unsigned workers = 4;
+  std::vector<Fault> faults;
+};
+
+// Backends not taken, each with its reason.
+using Fallbacks = std::vector<std::pair<std::string, std::string>>;
+
+// name: "auto", "io_uring", "threads" or "faults". "auto" takes the first that serves a real read.
+// Throws OptionFailure for an unknown name, or for a named backend that does not work here.
+std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOptions& options, Fallbacks& fallbacks);
+
+// Throws OptionFailure with the failing call; only built with ZINFER_HAS_LIBURING=1.
+std::unique_ptr<Backend> make_io_uring_backend(unsigned depth);
+std::unique_ptr<Backend> make_threads_backend(unsigned workers);
+std::unique_ptr<Backend> make_faults_backend(std::vector<Fault> script);
+
+}  // namespace zinfer::aio

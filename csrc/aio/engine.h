@@ -1,0 +1,91 @@
+// The reader: validates, splits and queues reads; a reactor thread carries them out.
+//
+// Lifetime. Memory given to read() must stay valid until its Request is done. The binding sees to it: a
+// Python Request holds the caller's `keepalive`, and destroying an unfinished one cancels it and blocks
+// until its pieces in flight have drained. A Python Request also holds its Engine. Destroying an Engine
+// cancels and drains whatever is left, so no backend ever writes to memory whose owner has gone.
+//
+// Threads. Any thread may call any method.
+//
+// Fork. The reactor does not exist in a forked child: every use there throws ClosedFailure, and the child
+// must leak the Engine and its Requests rather than destroy them (a lock may be held, forever).
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "aio/backend.h"
+#include "aio/file.h"
+#include "aio/reactor.h"
+#include "aio/request.h"
+
+namespace zinfer::aio {
+
+struct EngineOptions {
+  std::string backend = "auto";
+  std::int64_t depth = 16;             // operations in flight at most
+  std::int64_t block_bytes = 4 << 20;  // bytes of one operation at most
+  std::int64_t workers = 4;            // threads of the threads backend
+  std::int64_t bounce_slot_bytes = 1 << 20;  // one of `depth` slots for what cannot land in place
+  std::vector<Fault> faults;           // script of the faults backend
+};
+
+// What one read wants: file[offset, offset + length) at `address`; slack as in split.h.
+struct ReadExtent {
+  const File* file = nullptr;
+  std::int64_t offset = 0;
+  std::int64_t length = 0;
+  std::int64_t address = 0;
+  bool slack = false;
+};
+
+class Engine {
+ public:
+  // Throws OptionFailure.
+  explicit Engine(const EngineOptions& options);
+  // cancel_all(), then close().
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Nothing is read if one extent is bad: std::invalid_argument for a negative or absurd number,
+  // DriveFailure for bytes beyond the file's size at open, ClosedFailure for a closed file or engine.
+  std::shared_ptr<Request> read(const std::vector<ReadExtent>& extents, bool urgent);
+
+  // Pieces not started are dropped, those in flight drain. Harmless when done or cancelled already.
+  void cancel(Request& request);
+  void cancel_all();
+  // Refuses new work, waits for what was accepted, ends the thread. Idempotent.
+  void close();
+
+  const std::string& backend() const { return backend_name_; }
+  const Fallbacks& fallbacks() const { return fallbacks_; }
+  std::uint64_t block_bytes() const { return block_bytes_; }
+  unsigned depth() const { return depth_; }
+  std::uint64_t bounce_bytes() const;
+  int event_fd() const { return event_fd_; }  // counts completed requests; closed with the Engine
+  Stats stats() const { return reactor_->stats(); }
+  std::string check_integrity() const { return reactor_->check_integrity(); }
+
+  bool forked() const;
+  // Throws ClosedFailure in a forked child.
+  void refuse_if_forked() const;
+
+ private:
+  void validate(const ReadExtent& extent) const;
+
+  const pid_t owner_;
+  const unsigned depth_;
+  const std::uint64_t block_bytes_;
+  const std::uint64_t slot_bytes_;
+  std::string backend_name_;
+  Fallbacks fallbacks_;
+  int event_fd_ = -1;
+  std::unique_ptr<Reactor> reactor_;
+};
+
+}  // namespace zinfer::aio

@@ -1,0 +1,166 @@
+// io_uring: one ring, one submit-and-wait call a turn; an eventfd polled by the ring wakes the waiter.
+
+#include <liburing.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <deque>
+
+#include "aio/backend.h"
+#include "aio/errors.h"
+
+namespace zinfer::aio {
+
+namespace {
+
+constexpr std::uint64_t kWakeToken = ~std::uint64_t{0};
+constexpr int kMaxSubmitTries = 1000;
+
+void nap_100us() {
+  const timespec pause{0, 100000};
+  ::nanosleep(&pause, nullptr);
+}
+
+class IoUringBackend final : public Backend {
+ public:
+  explicit IoUringBackend(unsigned depth) {
+    const int error = ::io_uring_queue_init(depth + 1, &ring_, 0);  // + 1: the poll on the wake descriptor
+    if (error < 0) {
+      const char* hint = error == -EPERM || error == -ENOSYS
+                             ? " (refused by the kernel, kernel.io_uring_disabled or a container's seccomp profile)"
+                             : error == -ENOMEM ? " (raise `ulimit -l`)" : "";
+      throw OptionFailure("io_uring_setup: " + describe_errno(-error) + hint);
+    }
+    wake_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (wake_fd_ < 0) {
+      const int failed = errno;
+      ::io_uring_queue_exit(&ring_);
+      throw OptionFailure("eventfd: " + describe_errno(failed));
+    }
+  }
+
+  ~IoUringBackend() override {
+    ::io_uring_queue_exit(&ring_);
+    ::close(wake_fd_);
+  }
+
+  const char* name() const override { return "io_uring"; }
+
+  void submit(const std::vector<Op>& ops) override {
+    for (const Op& op : ops) {
+      io_uring_sqe* entry = broken_ ? nullptr : ::io_uring_get_sqe(&ring_);
+      if (entry == nullptr) {
+        refused_.push_back({op.token, broken_ ? -broken_ : -EAGAIN});
+        continue;
+      }
+      ::io_uring_prep_read(entry, op.fd, op.address, static_cast<unsigned>(op.length), op.offset);
+      entry->user_data = op.token;
+      queued_.push_back(op.token);
+    }
+  }
+
+  void wait(std::vector<Completion>& completions) override {
+    bool woken = false;
+    int tries = 0;
+    while (true) {
+      take_refused(completions);
+      if (!completions.empty() && queued_.empty()) return;
+      arm_wake();
+      if (broken_) {
+        woken = poll_both() || woken;
+      } else {
+        const int taken = ::io_uring_submit_and_wait(&ring_, completions.empty() ? 1 : 0);
+        if (taken >= 0) {
+          queued_.erase(queued_.begin(), queued_.begin() + std::min<std::ptrdiff_t>(taken, queued_.size()));
+        } else if (taken == -EAGAIN || taken == -EBUSY) {
+          if (++tries > kMaxSubmitTries) give_up(-taken);
+          nap_100us();
+        } else if (taken != -EINTR) {
+          give_up(-taken);
+        }
+      }
+      woken = reap(completions) || woken;
+      take_refused(completions);
+      if (woken || !completions.empty()) return;
+    }
+  }
+
+  void wake() override {
+    const std::uint64_t one = 1;
+    // A full counter means a wake-up is pending anyway.
+    if (::write(wake_fd_, &one, sizeof one) != sizeof one) return;
+  }
+
+ private:
+  void arm_wake() {
+    if (armed_ || broken_) return;
+    io_uring_sqe* entry = ::io_uring_get_sqe(&ring_);
+    if (entry == nullptr) return;  // the queue is full of operations: their completions end the wait
+    ::io_uring_prep_poll_add(entry, wake_fd_, POLLIN);
+    entry->user_data = kWakeToken;
+    queued_.push_back(kWakeToken);
+    armed_ = true;
+  }
+
+  // Returns whether the wake descriptor was among the completions.
+  bool reap(std::vector<Completion>& completions) {
+    bool woken = false;
+    io_uring_cqe* entry = nullptr;
+    while (::io_uring_peek_cqe(&ring_, &entry) == 0) {
+      if (entry->user_data == kWakeToken) {
+        armed_ = false;
+        drain_wake();
+        woken = true;
+      } else {
+        completions.push_back({entry->user_data, entry->res});
+      }
+      ::io_uring_cqe_seen(&ring_, entry);
+    }
+    return woken;
+  }
+
+  void drain_wake() {
+    std::uint64_t count = 0;
+    if (::read(wake_fd_, &count, sizeof count) < 0) return;  // EAGAIN: drained already
+  }
+
+  void take_refused(std::vector<Completion>& completions) {
+    completions.insert(completions.end(), refused_.begin(), refused_.end());
+    refused_.clear();
+  }
+
+  // The ring takes no more: what it has not taken fails, what it has taken is still waited for. The
+  // entries left in the submission queue are never submitted again.
+  void give_up(int error) {
+    broken_ = error;
+    for (const std::uint64_t token : queued_)
+      if (token != kWakeToken) refused_.push_back({token, -error});
+    queued_.clear();
+  }
+
+  bool poll_both() {
+    pollfd watched[2] = {{ring_.ring_fd, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
+    if (!refused_.empty()) return false;
+    ::poll(watched, 2, -1);
+    if ((watched[1].revents & POLLIN) == 0) return false;
+    drain_wake();
+    return true;
+  }
+
+  io_uring ring_{};
+  int wake_fd_ = -1;
+  bool armed_ = false;
+  int broken_ = 0;                      // errno of the failure that ended submission
+  std::deque<std::uint64_t> queued_;    // tokens prepared and not yet taken by the kernel, in order
+  std::vector<Completion> refused_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_io_uring_backend(unsigned depth) { return std::make_unique<IoUringBackend>(depth); }
+
+}  // namespace zinfer::aio

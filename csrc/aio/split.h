@@ -1,0 +1,52 @@
+// Extents -> pieces. Pure functions on plain data: no descriptor, no memory is touched.
+//
+//   file     |----A----|----A----|----A----|----A----|        A = alignment
+//   wanted         [=========================)
+//   slack    [-----================================--)        one aligned superset, straight to memory
+//   exact    [head)    [===== interior =====)[tail)           head and tail through a bounce slot
+//
+// Pieces are cut at multiples of block_bytes of the FILE offset, so two readers of neighbouring ranges
+// never read the same block twice and every cut is aligned.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace zinfer::aio {
+
+// Bytes [offset, offset + length) of file number `file`, wanted at `address`.
+// slack: the bytes around the destination, out to the aligned superset, are scratch.
+struct Extent {
+  std::uint32_t file = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t length = 0;
+  std::uint64_t address = 0;
+  bool slack = false;
+};
+
+// One operation: read [read_offset, +read_length), deliver [offset, +length) to `address`.
+// Not bounced: the read lands at address - (offset - read_offset).
+struct Piece {
+  std::uint32_t file = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t length = 0;
+  std::uint64_t address = 0;
+  std::uint64_t read_offset = 0;
+  std::uint64_t read_length = 0;
+  bool bounced = false;
+};
+
+// All in bytes. alignment is a power of two (1: no constraint); slot_bytes is a multiple of it.
+struct Geometry {
+  std::uint64_t alignment = 1;
+  std::uint64_t block_bytes = 0;
+  std::uint64_t slot_bytes = 0;
+};
+
+// Joins neighbours that are contiguous in file and in memory; drops empty extents; keeps the order.
+std::vector<Extent> merge(const std::vector<Extent>& extents);
+
+// Appends the pieces of one extent in file order.
+void split(const Extent& extent, const Geometry& geometry, std::vector<Piece>& pieces);
+
+}  // namespace zinfer::aio

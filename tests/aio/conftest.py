@@ -1,0 +1,113 @@
+"""Files whose every 8-byte word holds its own offset, buffers with canaries, engines checked at the end."""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+import zinfer
+from zinfer.aio import Engine, File
+
+DEADLINE = 20.0
+CANARY = 0xA5
+ALIGNMENT = 4096
+
+
+def word_bytes(length: int) -> bytes:
+    words = numpy.arange(0, length + 8, 8, dtype=numpy.uint64)
+    return words.tobytes()[:length]
+
+
+class Memory:
+    """Page-aligned memory full of canaries; `view` is its bytes."""
+
+    def __init__(self, length: int) -> None:
+        self.map = mmap.mmap(-1, max(length, 1) + ALIGNMENT)
+        self.view = numpy.frombuffer(self.map, dtype=numpy.uint8)
+        self.view[:] = CANARY
+        self.address = self.view.ctypes.data
+        assert self.address % ALIGNMENT == 0
+
+    def bytes_at(self, start: int, length: int) -> bytes:
+        return ctypes.string_at(self.address + start, length)
+
+    def untouched(self, start: int, end: int) -> bool:
+        return bool((self.view[start:end] == CANARY).all())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder on a real drive: /tmp may be a tmpfs elsewhere, which only widens what is covered."""
+    return tmp_path_factory.mktemp("aio")
+
+
+@pytest.fixture(scope="session")
+def make_file(folder):
+    def make(length: int) -> str:
+        path = folder / f"words-{length}"
+        if not path.exists():
+            path.write_bytes(word_bytes(length))
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def words(make_file):
+    """(path, contents) of a file of 3 MiB and a ragged tail."""
+    length = 3 * (1 << 20) + 777
+    return make_file(length), word_bytes(length)
+
+
+def io_uring_missing() -> str:
+    with contextlib.closing(Engine()) as engine:
+        return dict(engine.fallbacks).get("io_uring", "")
+
+
+IO_URING_MISSING = io_uring_missing()
+needs_io_uring = pytest.mark.skipif(bool(IO_URING_MISSING), reason=IO_URING_MISSING)
+BACKENDS = [pytest.param("io_uring", marks=needs_io_uring), "threads", "faults"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def make_engine():
+    """Engines that are closed and found whole after the test."""
+    engines = []
+
+    def make(backend="auto", **options):
+        engines.append(Engine(backend, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+        engine.check_integrity()
+
+
+def read(engine: Engine, file: File, offset: int, length: int, memory: Memory, start=0, slack=False):
+    return engine.read([(file, offset, length, memory.address + start, slack)], memory)
+
+
+def run_python(code: str, *arguments: str, **options) -> subprocess.Popen:
+    root = str(Path(zinfer.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=root,  # not the caller's folder: `-c` puts it first on the path
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )

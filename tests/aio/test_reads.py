@@ -1,0 +1,178 @@
+"""Reads against os.pread, on every backend, direct and buffered."""
+
+import os
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zinfer.aio import Engine, File
+from zinfer.errors import ClosedError, DriveError, OptionError
+
+from .conftest import ALIGNMENT, BACKENDS, DEADLINE, Memory, read, word_bytes
+
+SIZES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 3 * ALIGNMENT, 5 * ALIGNMENT + 9, 70 * ALIGNMENT + 5]
+GUARD = 2 * ALIGNMENT
+
+wild = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@wild
+@given(data=st.data())
+@pytest.mark.parametrize("direct", ["auto", "off"])
+def test_any_extents_read_what_pread_reads_and_nothing_else(backend, direct, make_file, data):
+    size = data.draw(st.sampled_from(SIZES), "size")
+    file = File(make_file(size), direct=direct)
+    descriptor = os.open(file.path, os.O_RDONLY)
+    engine = Engine(backend, block_bytes=4 * ALIGNMENT, depth=3)
+    memories, extents, checks = [], [], []
+    for _ in range(data.draw(st.integers(1, 4), "extents")):
+        offset = data.draw(st.integers(0, size), "offset")
+        length = data.draw(st.integers(0, size - offset), "length")
+        slack = data.draw(st.booleans(), "slack")
+        congruent = data.draw(st.booleans(), "congruent")
+        start = GUARD + (offset % ALIGNMENT if congruent else data.draw(st.integers(0, ALIGNMENT), "start"))
+        memory = Memory(start + length + GUARD)
+        memories.append(memory)
+        extents.append((file, offset, length, memory.address + start, slack))
+        checks.append((memory, start, offset, length, slack))
+    request = engine.read(extents, memories)
+    assert request.wait(DEADLINE)
+    assert request.done and request.nbytes == sum(extent[2] for extent in extents) and request.seconds >= 0
+    for memory, start, offset, length, slack in checks:
+        assert memory.bytes_at(start, length) == os.pread(descriptor, length, offset)
+        room = ALIGNMENT if slack else 0
+        assert memory.untouched(0, start - room)
+        assert memory.untouched(start + length + room, len(memory.view))
+    engine.check_integrity()
+    engine.close()
+    os.close(descriptor)
+
+
+def test_one_extent_spans_many_blocks(backend, words, make_engine):
+    path, contents = words
+    engine = make_engine(backend, block_bytes=64 << 10, depth=4)
+    memory = Memory(len(contents))
+    assert read(engine, File(path), 0, len(contents), memory).wait(DEADLINE)
+    assert memory.bytes_at(0, len(contents)) == contents
+    assert engine.stats["pieces"] >= len(contents) // (64 << 10)
+
+
+def test_slack_and_congruence_copy_nothing(backend, words, make_engine):
+    path, contents = words
+    engine, memory = make_engine(backend), Memory(len(contents) + ALIGNMENT)
+    assert read(engine, File(path), 5, len(contents) - 5, memory, start=5, slack=True).wait(DEADLINE)
+    assert memory.bytes_at(5, len(contents) - 5) == contents[5:]
+    stats = engine.stats
+    assert stats["bounced_bytes"] == 0
+    assert stats["bytes_requested"] == len(contents) - 5 <= stats["bytes_transferred"]
+    assert stats["requests"] == 1 and stats["busy_seconds"] > 0 and stats["errors"] == 0
+
+
+def test_scattered_extents_of_two_files_arrive_in_one_request(backend, make_file, make_engine):
+    first, second = File(make_file(70 * ALIGNMENT + 5)), File(make_file(3 * ALIGNMENT))
+    engine, memory = make_engine(backend), Memory(10000)
+    extents = [(first, 8 * i * 100, 8, memory.address + 16 * i, False) for i in range(300)]
+    extents += [(second, 8 * i, 8, memory.address + 16 * i + 8, False) for i in range(300)]
+    assert engine.read(extents, memory).wait(DEADLINE)
+    contents = word_bytes(300 * 800)
+    for i in range(300):
+        assert memory.bytes_at(16 * i, 8) == contents[800 * i : 800 * i + 8]
+        assert memory.bytes_at(16 * i + 8, 8) == contents[8 * i : 8 * i + 8]
+
+
+def test_empty_requests_complete(backend, words, make_engine):
+    engine, file = make_engine(backend), File(words[0])
+    assert engine.read([]).wait(DEADLINE)
+    assert engine.read([(file, 0, 0, 0, False), (file, file.size, 0, 0, True)]).wait(DEADLINE)
+
+
+def test_the_eventfd_counts_completed_requests(backend, words, make_engine):
+    engine, file, memory = make_engine(backend), File(words[0]), Memory(4096)
+    requests = [read(engine, file, 0, 100, memory) for _ in range(5)]
+    assert all(request.wait(DEADLINE) for request in requests)
+    engine.close()  # the last count is written just after the last waiter is told
+    assert int.from_bytes(os.read(engine.eventfd, 8), "little") == 5
+
+
+def test_a_bad_extent_stops_the_whole_request(backend, words, make_engine):
+    engine, file, memory = make_engine(backend), File(words[0]), Memory(4096)
+    closed = File(words[0])
+    closed.close()
+    good, where = (file, 0, 100, memory.address, False), memory.address
+    for bad, kind, text in [
+        ((file, -1, 5, where, False), ValueError, "negative"),
+        ((file, 0, -5, where, False), ValueError, "negative"),
+        ((file, 0, 5, 0, False), ValueError, "address"),
+        ((file, file.size - 4, 5, where, False), DriveError, f"size is {file.size} bytes"),
+        ((file, 2**62, 2**62, where, False), DriveError, "size"),
+        ((closed, 0, 5, where, False), ClosedError, "closed"),
+        ((file, 0, 5), ValueError, "extent"),
+    ]:
+        with pytest.raises(kind, match=text):
+            engine.read([good, bad], memory)
+    assert memory.untouched(0, 4096)
+    assert engine.stats["requests"] == 0
+
+
+def test_many_threads_submit_at_once(backend, words, make_engine):
+    path, contents = words
+    engine, file = make_engine(backend, depth=4, block_bytes=16 << 10), File(path)
+    wrong = []
+
+    def work(seed):
+        memory = Memory(50_000)
+        for turn in range(30):
+            offset = (seed * 104729 + turn * 7919) % (len(contents) - 40_000)
+            start = seed * turn % 4096
+            done = read(engine, file, offset, 40_000, memory, start=start).wait(DEADLINE)
+            if not done or memory.bytes_at(start, 40_000) != contents[offset : offset + 40_000]:
+                wrong.append((seed, turn))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert not wrong
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("other", BACKENDS)
+def test_two_engines_share_a_file(backend, other, words, make_engine):
+    path, contents = words
+    file, engines = File(path), [make_engine(backend), make_engine(other)]
+    memories = [Memory(len(contents)) for _ in engines]
+    requests = [
+        read(engine, file, 0, len(contents), memory) for engine, memory in zip(engines, memories, strict=True)
+    ]
+    assert all(request.wait(DEADLINE) for request in requests)
+    assert all(memory.bytes_at(0, len(contents)) == contents for memory in memories)
+
+
+def test_auto_says_what_it_took_and_what_not(make_engine):
+    engine = make_engine()
+    assert engine.backend == ("io_uring" if not engine.fallbacks else "threads")
+    assert all(name == "io_uring" and reason for name, reason in engine.fallbacks)
+    assert (engine.depth, engine.block_bytes, engine.bounce_bytes) == (16, 4 << 20, 16 << 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "magic"},
+        {"depth": 0},
+        {"workers": 0},
+        {"block_bytes": 5000},
+        {"block_bytes": 0},
+        {"faults": [("ok",)]},
+        {"backend": "faults", "faults": [("boom",)]},
+        {"backend": "faults", "faults": [("short",)]},
+        {"backend": "faults", "faults": [("delay", -1)]},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(OptionError):
+        Engine(**options)

@@ -1,0 +1,151 @@
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypedDict
+
+class Stats(TypedDict):
+    """Totals since the engine was made."""
+
+    requests: int
+    pieces: int
+    bytes_requested: int
+    bytes_transferred: int
+    """What the drive delivered, aligned supersets and repeated reads included."""
+    bounced_bytes: int
+    """Bytes copied out of bounce memory."""
+    retries: int
+    """Operations submitted again: EINTR, EAGAIN, short reads."""
+    errors: int
+    """Failed requests; cancelled ones are not counted."""
+    busy_seconds: float
+    """Time with at least one piece in flight."""
+
+class File:
+    """A regular file open for reading. Any thread may use it.
+
+    Its descriptor is closed when the file is closed or gone and the last read from it has ended.
+    Raises `DriveError` (backend "open") when it is missing, not a regular file, or `direct="on"` is refused.
+    """
+
+    def __init__(self, path: str, *, direct: Literal["auto", "on", "off"] = "auto") -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int:
+        """Bytes, at open."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache (O_DIRECT)."""
+
+    @property
+    def direct_reason(self) -> str:
+        """Why `direct` is False; "" when it is True."""
+
+    @property
+    def alignment(self) -> int:
+        """Bytes; 1 when buffered."""
+
+    @property
+    def identity(self) -> tuple[int, int, int, int, int]:
+        """`(st_dev, st_ino, size, mtime_ns, ctime_ns)` at open."""
+
+    def changed(self) -> bool:
+        """Whether size, mtime or ctime differ from those at open. Raises `ClosedError` after `close()`."""
+
+    def close(self) -> None:
+        """Refuse later reads (`ClosedError`); reads in flight finish."""
+
+class Request:
+    """One read in progress, made by `Engine.read`.
+
+    Holds its `keepalive` and its engine. Destroying an unfinished request cancels it and blocks until nothing
+    of it is in flight, so memory is never written after the keepalive has gone.
+    """
+
+    @property
+    def done(self) -> bool: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes asked for."""
+
+    @property
+    def seconds(self) -> float:
+        """From submission to completion; so far, while not done."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return True once the bytes are there, False after `timeout` seconds.
+
+        Raises `DriveError` if the read failed or was cancelled (errno ECANCELED), every time it is called.
+        """
+
+    def cancel(self) -> None:
+        """Drop the pieces not started; those in flight drain. Harmless when done."""
+
+class Engine:
+    """Carries out reads on its own thread. Any thread may use it, but not a forked child (`ClosedError`).
+
+    `backend`: "auto" (io_uring if a trial read works, else threads), "io_uring", "threads", or "faults", the
+    scripted backend of the tests. `bounce_slot_bytes`: size of each of `depth` slots, mapped when first
+    needed, for bytes that cannot land in place; a power of two. `faults`: one tuple for each operation in order: `("ok",)`,
+    `("short", bytes)`, `("zero",)`, `("error", errno)`, `("delay", seconds)`,
+    `("hold", later operations to complete first)`.
+    Raises `OptionError`.
+    """
+
+    def __init__(
+        self,
+        backend: Literal["auto", "io_uring", "threads", "faults"] = "auto",
+        *,
+        depth: int = 16,
+        block_bytes: int = 4194304,
+        workers: int = 4,
+        bounce_slot_bytes: int = 1048576,
+        faults: Sequence[tuple[str] | tuple[str, float]] | None = None,
+    ) -> None: ...
+    @property
+    def backend(self) -> str:
+        """The backend in use."""
+
+    @property
+    def fallbacks(self) -> list[tuple[str, str]]:
+        """`(backend not taken, reason)`."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one operation, at most."""
+
+    @property
+    def depth(self) -> int:
+        """Operations in flight, at most."""
+
+    @property
+    def eventfd(self) -> int:
+        """A descriptor that counts completed requests (eventfd, non-blocking)."""
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Bytes of bounce memory it may allocate, at most."""
+
+    @property
+    def stats(self) -> Stats: ...
+    def read(
+        self,
+        extents: Iterable[tuple[File, int, int, int, bool]],
+        keepalive: object = None,
+        *,
+        urgent: bool = False,
+    ) -> Request:
+        """Start reading every `(file, offset, length, address, slack)`; urgent requests go before others.
+
+        Nothing is read if one extent is bad: `ValueError` for negative numbers or a null address,
+        `DriveError` (errno 0) for bytes beyond the file's end, `ClosedError` for a closed file or engine.
+        """
+
+    def check_integrity(self) -> None:
+        """Raise `RuntimeError` if an idle engine has pieces in flight or bounce slots missing."""
+
+    def close(self) -> None:
+        """Refuse new reads (`ClosedError`), finish the accepted ones, end the thread. Idempotent."""
+
+def _split(
+    extents: Sequence[tuple[int, int, int, int, bool]], alignment: int, block_bytes: int, slot_bytes: int
+) -> list[tuple[int, int, int, int, int, int, bool]]: ...
