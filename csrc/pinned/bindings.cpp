@@ -1,0 +1,98 @@
+// zinfer.pinned._native: the Python face of the pinned pool, and the only file here that knows Python.
+#include <pybind11/pybind11.h>
+
+#include <exception>
+#include <memory>
+#include <string>
+
+#include "pinned/errors.h"
+#include "pinned/pool.h"
+
+namespace py = pybind11;
+using namespace zinfer::pinned;
+
+namespace {
+
+void translate(std::exception_ptr thrown) {
+  const auto raise = [](const char* name, const std::exception& error) {
+    py::set_error(py::module_::import("zinfer.errors").attr(name), error.what());
+  };
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const OptionError& error) {
+    raise("OptionError", error);
+  } catch (const BudgetError& error) {
+    raise("BudgetError", error);
+  } catch (const ClosedError& error) {
+    raise("ClosedError", error);
+  }
+}
+
+void raise_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::shared_ptr<Pool> make_pool(int64_t capacity, const std::string& page_lock, bool huge_pages,
+                                int touch_threads) {
+  const PoolOptions options{capacity, parse_page_lock_mode(page_lock), huge_pages, touch_threads};
+  const py::gil_scoped_release no_gil;
+  return Pool::create(options);
+}
+
+// The common case never waits and keeps the GIL: letting go of it may cost a thread switch (5 ms). That
+// cannot deadlock, because nobody takes the GIL while holding the pool's mutex.
+std::unique_ptr<Region> acquire(Pool& pool, int64_t nbytes, double timeout, bool from_end) {
+  const auto placement = from_end ? Placement::from_end : Placement::next_fit;
+  if (!(timeout > 0)) return pool.acquire(nbytes, placement, timeout, [] {});
+  if (auto region = pool.try_acquire(nbytes, placement)) return region;
+  const py::gil_scoped_release no_gil;
+  return pool.acquire(nbytes, placement, timeout, raise_signals);
+}
+
+py::dict stats(const Pool& pool) {
+  const PoolStats stats = pool.stats();
+  py::dict result;
+  result["acquires"] = stats.acquires;
+  result["releases"] = stats.releases;
+  result["refusals"] = stats.refusals;
+  result["waits"] = stats.waits;
+  result["peak_in_use"] = stats.peak_in_use;
+  result["regions"] = stats.regions;
+  return result;
+}
+
+// The exported view holds a reference on the Python object, hence on the run. The format is unsigned bytes.
+py::buffer_info view(Region& region) {
+  return py::buffer_info(reinterpret_cast<uint8_t*>(region.data()), static_cast<py::ssize_t>(region.nbytes()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Pinned host memory: one mapping, handed out in regions that return by themselves.";
+  py::register_local_exception_translator(translate);
+
+  py::class_<Region>(module, "Region", py::buffer_protocol())
+      .def_buffer(view)
+      .def_property_readonly("address", &Region::address)
+      .def_property_readonly("nbytes", &Region::nbytes);
+
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool")
+      .def(py::init(&make_pool), py::arg("capacity"), py::kw_only(), py::arg("page_lock") = "auto",
+           py::arg("huge_pages") = true, py::arg("touch_threads") = 2)
+      .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout") = 0.0, py::kw_only(),
+           py::arg("from_end") = false)
+      .def("check_integrity", &Pool::check_integrity)
+      .def("close", &Pool::close, no_gil)
+      .def_property_readonly("capacity", &Pool::capacity)
+      .def_property_readonly("free_bytes", &Pool::free_bytes)
+      .def_property_readonly("largest_free", &Pool::largest_free)
+      .def_property_readonly("in_use", &Pool::in_use)
+      .def_property_readonly("peak_in_use", [](const Pool& pool) { return pool.stats().peak_in_use; })
+      .def_property_readonly("page_locked", &Pool::page_locked)
+      .def_property_readonly("page_lock_reason", &Pool::page_lock_reason)
+      .def_property_readonly("huge_bytes", py::cpp_function(&Pool::huge_bytes, no_gil))
+      .def_property_readonly("stats", &stats);
+}

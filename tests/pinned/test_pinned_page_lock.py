@@ -1,0 +1,171 @@
+"""Page-locking, against a scripted CUDA runtime that the test compiles itself."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+
+from zinfer.errors import BudgetError
+from zinfer.pinned import Pool
+
+PAGE = 4096
+
+SOURCE = r"""
+#include <cstddef>
+extern "C" {
+int devices = 1, count_result = 0, register_result = 0;  // the script
+int registered = 0, unregistered = 0, cleared = 0;       // the record
+void* last_base = nullptr;
+size_t last_bytes = 0;
+unsigned last_flags = 0;
+
+int cudaGetDeviceCount(int* count) { *count = devices; return count_result; }
+int cudaHostRegister(void* base, size_t bytes, unsigned flags) {
+  last_base = base; last_bytes = bytes; last_flags = flags;
+  if (register_result == 0) ++registered;
+  return register_result;
+}
+int cudaHostUnregister(void* base) {
+  // Unregistering after unmapping would be a fault: touch the memory.
+  if (base == last_base) { *static_cast<volatile char*>(base) = 1; ++unregistered; }
+  return 0;
+}
+const char* cudaGetErrorString(int error) { return error == 2 ? "out of memory" : "some error"; }
+#ifdef WITH_LAST_ERROR
+int cudaGetLastError() { ++cleared; return 0; }
+#endif
+}
+"""
+
+
+class FakeRuntime:
+    """The library's variables, read and set through ctypes."""
+
+    def __init__(self, path):
+        object.__setattr__(self, "library", ctypes.CDLL(str(path)))
+        for name in ("devices", "count_result", "register_result", "registered", "unregistered", "cleared"):
+            setattr(self, name, 1 if name == "devices" else 0)
+
+    def __getattr__(self, name):
+        kind = {"last_bytes": ctypes.c_size_t, "last_base": ctypes.c_void_p}.get(name, ctypes.c_int)
+        return kind.in_dll(self.library, name).value
+
+    def __setattr__(self, name, value):
+        ctypes.c_int.in_dll(self.library, name).value = value
+
+
+def compile_library(folder, name, source, *flags):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the scripted CUDA runtime with")
+    code, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    code.write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", *flags, str(code), "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module", params=["with cudaGetLastError", "without cudaGetLastError"])
+def library(request, tmp_path_factory):
+    flags = ["-DWITH_LAST_ERROR"] if request.param.startswith("with ") else []
+    return compile_library(tmp_path_factory.mktemp("cudart"), "fake", SOURCE, *flags)
+
+
+@pytest.fixture
+def runtime(library, monkeypatch):
+    monkeypatch.setenv("ZINFER_CUDART", str(library))
+    return FakeRuntime(library)
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_the_whole_pool_is_registered_once_for_every_device(runtime, mode):
+    pool = Pool(8 * PAGE, page_lock=mode)
+    assert (pool.page_locked, pool.page_lock_reason) == (True, "")
+    assert (runtime.registered, runtime.last_bytes, runtime.last_flags) == (1, 8 * PAGE, 1)
+    assert runtime.last_base == pool.acquire(PAGE).address
+
+
+def test_close_unregisters_before_it_unmaps(runtime):
+    pool = Pool(8 * PAGE)
+    pool.close()
+    pool.close()
+    assert runtime.unregistered == 1
+    assert not pool.page_locked
+
+
+def test_a_closed_pool_stays_registered_until_its_last_region_dies(runtime):
+    pool = Pool(8 * PAGE)
+    region = pool.acquire(PAGE)
+    pool.close()
+    assert runtime.unregistered == 0
+    assert pool.page_locked
+    del region
+    assert runtime.unregistered == 1
+
+
+def test_a_pool_that_is_dropped_unregisters_too(runtime):
+    region = Pool(8 * PAGE).acquire(PAGE)
+    assert runtime.unregistered == 0
+    del region
+    assert runtime.unregistered == 1
+
+
+def test_off_never_calls_the_runtime(runtime):
+    pool = Pool(8 * PAGE, page_lock="off")
+    assert (pool.page_locked, runtime.registered) == (False, 0)
+    assert "off" in pool.page_lock_reason
+
+
+def test_a_refused_registration_is_reported_and_the_pool_works_pageable(runtime):
+    runtime.register_result = 2
+    pool = Pool(8 * PAGE)
+    assert not pool.page_locked
+    assert pool.page_lock_reason == f"cudaHostRegister of {8 * PAGE} bytes: out of memory (cudaError 2)"
+    memoryview(pool.acquire(PAGE))[0] = 1
+    pool.close()
+    assert runtime.unregistered == 0
+
+
+def test_a_refused_registration_is_taken_out_of_the_runtimes_memory(runtime):
+    runtime.register_result = 2
+    Pool(8 * PAGE)
+    assert runtime.cleared == int(hasattr(runtime.library, "cudaGetLastError"))
+
+
+def test_on_raises_with_the_reason_when_registration_is_refused(runtime):
+    runtime.register_result = 2
+    with pytest.raises(BudgetError, match=f'{8 * PAGE} bytes.*out of memory.*page_lock="auto"'):
+        Pool(8 * PAGE, page_lock="on")
+    assert runtime.unregistered == 0
+
+
+def test_no_device_leaves_the_memory_pageable(runtime):
+    runtime.devices = 0
+    assert Pool(8 * PAGE).page_lock_reason == "the CUDA runtime sees no device"
+    assert runtime.registered == 0
+
+
+def test_a_failing_device_count_is_the_reason(runtime):
+    runtime.count_result = 100
+    assert Pool(8 * PAGE).page_lock_reason == "cudaGetDeviceCount: some error (cudaError 100)"
+
+
+def test_a_library_that_cannot_be_loaded_is_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZINFER_CUDART", str(tmp_path / "missing.so"))
+    pool = Pool(8 * PAGE)
+    assert not pool.page_locked
+    assert "ZINFER_CUDART" in pool.page_lock_reason
+    assert "missing.so" in pool.page_lock_reason
+    with pytest.raises(BudgetError, match=r"missing\.so"):
+        Pool(8 * PAGE, page_lock="on")
+
+
+def test_a_library_that_is_no_cuda_runtime_is_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZINFER_CUDART", str(compile_library(tmp_path, "empty", "int nothing;\n")))
+    assert "has no cuda" in Pool(8 * PAGE).page_lock_reason
+
+
+def test_auto_without_an_override_locks_or_says_why(monkeypatch):
+    monkeypatch.delenv("ZINFER_CUDART", raising=False)
+    pool = Pool(8 * PAGE)
+    assert pool.page_locked == (pool.page_lock_reason == "")
