@@ -1,0 +1,1 @@
+"""Decides what is read when: the trace, the look-ahead window, residency."""

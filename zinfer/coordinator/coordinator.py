@@ -1,0 +1,206 @@
+"""Serves operators their weights, reads ahead of them, and keeps the resident set."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from zinfer.coordinator.reader import Reader
+from zinfer.coordinator.trace import Trace
+from zinfer.device.cpu import CpuDevice
+from zinfer.device.fetch import Fetch
+from zinfer.errors import BudgetError, ClosedError
+from zinfer.weights.weight import Weight
+
+ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
+IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
+LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
+
+
+@dataclass
+class Counters:
+    """What happened so far. Times in seconds, sizes in bytes."""
+
+    hits: int = 0  # uses served by a read started earlier
+    misses: int = 0  # uses that had to be read on demand
+    wait_seconds: float = 0.0  # operators' threads blocked on the drive
+    row_reads: int = 0
+    row_bytes: int = 0
+    waits_by_weight: dict[str, float] = field(default_factory=dict)
+
+
+class Coordinator:
+    """Implements WeightSource for the streamed parameters of one model.
+
+    Any thread may call `whole` and `rows`; each thread has a Reader of its own, all share the trace,
+    the window and the residents. One lock guards them; no thread holds it while it waits for bytes.
+    `order` is the first guess at the operator order. `on_resident` is called, under the lock, when a
+    weight has become resident.
+    """
+
+    def __init__(
+        self, device: CpuDevice, order: Sequence[Weight], on_resident: Callable[[Weight, torch.Tensor], None]
+    ) -> None:
+        self.device = device
+        self.counters = Counters()
+        self._streamed = [weight for weight in order if not weight.rows_only]
+        self._trace = Trace(self._streamed)
+        self._on_resident = on_resident
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._closed = False
+
+    def whole(self, weight: Weight) -> torch.Tensor:
+        """The tensor of `weight`, read ahead if the trace foresaw it, else read now, ahead of all else."""
+        reader = self._reader()
+        with self._lock:
+            self._refuse_closed()
+            if weight.resident is not None:
+                return weight.resident
+            if reader.held is not None and reader.held.weight is weight:
+                return reader.held.wait()
+            reader.touched = time.monotonic()
+            fetch = reader.advance(weight)
+            reader.held = None
+            if fetch is None:
+                self.counters.misses += 1
+                fetch = self._current(weight) or self.device.start(weight, urgent=True)
+            else:
+                self.counters.hits += 1
+        if fetch is None:
+            fetch = self._make_room_and_start(weight)
+        with self._lock:
+            self._refuse_closed()
+            reader.held = fetch
+            self._extend(reader)
+        try:
+            tensor = self._wait(fetch)
+        except BaseException:
+            reader.held = None  # so that the next use reads anew instead of meeting the old failure
+            raise
+        if weight.wants_residence:
+            self._settle(weight, tensor, reader)
+        return tensor
+
+    def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """Rows of a placed weight, read now; nothing else of it is."""
+        self._refuse_closed()
+        started = time.perf_counter()
+        out = self.device.read_rows(weight, rows)
+        with self._lock:
+            self.counters.wait_seconds += time.perf_counter() - started
+            self.counters.row_reads += 1
+            self.counters.row_bytes += out.nbytes
+        return out
+
+    def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
+        """Make `weights`, all meant to be resident, resident now; `progress` is told bytes as they come."""
+        for weight in weights:
+            self.whole(weight)
+            progress(weight.nbytes)
+
+    def close(self) -> None:
+        """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
+        with self._lock:
+            self._closed = True
+            for reader in list(self._readers):
+                reader.forget()
+        self.device.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    def _reader(self) -> Reader:
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = self._local.reader = Reader(self._trace)
+            with self._lock:
+                self._readers.add(reader)
+        return reader
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ClosedError("this model was closed; call zinfer.run again to use it")
+
+    def _current(self, weight: Weight) -> Fetch | None:
+        """The read that another reader, or an earlier prediction, already has for `weight`."""
+        return weight.fetch() if weight.fetch is not None else None
+
+    def _extend(self, reader: Reader) -> None:
+        now = time.monotonic()
+        active = sum(1 for other in self._readers if now - other.touched < IDLE_READER)
+        window = self.device.window.capacity if self.device.window else LOADING_AHEAD
+        reader.extend(
+            lambda weight: self._current(weight) or self.device.start(weight, urgent=False),
+            window // max(1, active),
+            len(self._streamed),
+        )
+
+    def _make_room_and_start(self, weight: Weight) -> Fetch:
+        """Take the window back from reads that are needed later, until `weight` fits, and start it."""
+        window = self.device.window
+        assert window is not None
+        if weight.layout.nbytes > window.capacity:
+            raise BudgetError(
+                f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
+                f"{window.capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - window.capacity} bytes"
+            )
+        deadline = time.monotonic() + ROOM_DEADLINE
+        while True:
+            with self._lock:
+                self._refuse_closed()
+                fetch = self._current(weight) or self.device.start(weight, urgent=True)
+                dropped = fetch is None and self._drop_one(weight)
+            if fetch is None and not dropped:
+                # Only tensors that operators or callers hold are left; other threads' will come back.
+                fetch = self.device.start(weight, urgent=True, timeout=0.1)
+            if fetch is not None:
+                return fetch
+            if time.monotonic() > deadline:
+                raise BudgetError(
+                    f"{weight.name!r} needs {weight.layout.nbytes} bytes of the window, but {window.in_use} of its "
+                    f"{window.capacity} bytes are held by tensors still in use (an operator that takes several "
+                    f"weights, or views kept by the caller); raise max_memory['cpu'] by {weight.layout.nbytes} bytes"
+                )
+
+    def _drop_one(self, weight: Weight) -> bool:
+        """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
+
+        def in_window(other: Weight) -> bool:
+            return not (other.wants_residence and other.placed is not None)
+
+        for reader in sorted(self._readers, key=lambda reader: len(reader.queue), reverse=True):
+            if reader.drop_farthest(in_window):
+                return True
+        for reader in self._readers:
+            if reader.held is not None and reader.held.weight is not weight:
+                reader.held = None
+                return True
+        return False
+
+    def _wait(self, fetch: Fetch) -> torch.Tensor:
+        if fetch.done:
+            return fetch.wait()
+        started = time.perf_counter()
+        tensor = fetch.wait()
+        waited = time.perf_counter() - started
+        with self._lock:
+            self.counters.wait_seconds += waited
+            by_weight = self.counters.waits_by_weight
+            by_weight[fetch.weight.name] = by_weight.get(fetch.weight.name, 0.0) + waited
+        return tensor
+
+    def _settle(self, weight: Weight, tensor: torch.Tensor, reader: Reader) -> None:
+        with self._lock:
+            if weight.resident is None and not self._closed:
+                weight.resident = tensor
+                self._on_resident(weight, tensor)
+            reader.held = None

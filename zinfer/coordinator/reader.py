@@ -1,0 +1,98 @@
+"""One thread's place in the sweep and the reads it has started ahead of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from zinfer.coordinator.trace import Trace
+from zinfer.device.fetch import Fetch
+from zinfer.weights.weight import Weight
+
+MISSES_BEFORE_REBUILD = 2  # one unexpected operator is taken as an insertion, two as another path
+
+
+class Reader:
+    """Look-ahead of one thread. Every method is called under the coordinator's lock.
+
+    `queue` holds the fetches started for the uses that `trace` predicts, nearest first; `held` is the
+    last use, kept until the next so that an operator that uses a weight twice running reads it once.
+    """
+
+    def __init__(self, trace: Trace[Weight]) -> None:
+        self._trace = trace
+        self.queue: deque[Fetch] = deque()
+        self._stale: deque[Fetch] = deque()  # set aside by a rebuild, until extend() has picked from it
+        self.held: Fetch | None = None
+        self._before: Weight | None = None
+        self._last: Weight | None = None
+        self._misses = 0
+        self.touched = 0.0  # time.monotonic() of the last use
+
+    def advance(self, weight: Weight) -> Fetch | None:
+        """Move on to `weight`; its fetch when it was read ahead, else None. Skipped reads are dropped."""
+        expected = self._before, self._last
+        known = self._last is not None and self._trace.saw(self._before, self._last)
+        self._trace.observe(*expected, weight)
+        self._before, self._last = self._last, weight
+        position = next((i for i, fetch in enumerate(self.queue) if fetch.weight is weight), None)
+        if position is not None:
+            for _ in range(position):
+                self.queue.popleft()
+            self._misses = 0
+            return self.queue.popleft()
+        self._misses += 1
+        if known or self._misses >= MISSES_BEFORE_REBUILD:
+            self._stale.extend(self.queue)
+            self.queue.clear()
+        return None
+
+    def extend(self, start: Callable[[Weight], Fetch | None], limit_bytes: int, limit_count: int) -> None:
+        """Start reads for predicted uses until `limit_bytes` are ahead or `start` finds no room.
+
+        Reads that a rebuild set aside are taken over where they are predicted again, then dropped.
+        """
+        if self._last is None:
+            return
+        ahead = sum(fetch.weight.layout.nbytes for fetch in self.queue)
+        before, last = self._tail()
+        skipped = 0
+        while ahead < limit_bytes and len(self.queue) < limit_count and skipped <= limit_count:
+            following = self._trace.successor(before, last)
+            if following is None:
+                break
+            before, last = last, following
+            if following.resident is not None:
+                skipped += 1
+                continue
+            fetch = start(following)
+            if fetch is None:
+                break
+            self.queue.append(fetch)
+            ahead += following.layout.nbytes
+        self._stale.clear()
+
+    def _tail(self) -> tuple[Weight | None, Weight]:
+        assert self._last is not None
+        if not self.queue:
+            return self._before, self._last
+        before = self.queue[-2].weight if len(self.queue) > 1 else self._last
+        return before, self.queue[-1].weight
+
+    def drop_farthest(self, evictable: Callable[[Weight], bool]) -> bool:
+        """Give up the read of the use that lies farthest ahead; False when there is none."""
+        if self._stale:
+            self._stale.pop()
+            return True
+        for position in range(len(self.queue) - 1, -1, -1):
+            if evictable(self.queue[position].weight):
+                while len(self.queue) > position:
+                    self.queue.pop()
+                return True
+        return False
+
+    def forget(self) -> None:
+        """Drop every read ahead and the held use; the place in the sweep stays."""
+        self.queue.clear()
+        self._stale.clear()
+        self.held = None

@@ -1,0 +1,1 @@
+"""Compute devices: where a weight's bytes end up, and the memory, files and engine that take them there."""

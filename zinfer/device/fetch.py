@@ -1,0 +1,45 @@
+"""One weight on its way from the drive, and the tensor it becomes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zinfer.weights.weight import Weight
+
+
+class Fetch:
+    """A read in flight and then the tensor it delivered.
+
+        reading --wait()--> ready: `tensor` made, region owned by the tensor
+           \\--error------> wait() raises, every time
+
+    Dropping a Fetch that is still reading cancels the read and waits until no byte of it can land
+    any more (the request guarantees it); dropping a ready one releases the region as soon as no
+    operator or view uses the tensor. Any thread may wait; the tensor is made once.
+    """
+
+    def __init__(self, weight: Weight, request: Any, finish: Callable[[], torch.Tensor]) -> None:
+        self.weight = weight
+        self._request = request
+        self._finish: Callable[[], torch.Tensor] | None = finish
+        self._tensor: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def done(self) -> bool:
+        """Whether wait() would return, or raise, at once."""
+        return self._request.done
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once its bytes have landed. Raises DriveError or CheckpointChangedError."""
+        self._request.wait()
+        with self._lock:
+            if self._tensor is None and self._finish is not None:
+                self._tensor = self._finish()
+                self._finish = None
+            assert self._tensor is not None
+            return self._tensor

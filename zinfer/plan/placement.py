@@ -1,0 +1,138 @@
+"""Which weights stay in memory and how large the window is: pure functions on plain data.
+
+The drive carries W - R bytes a sweep, so R, the resident bytes, is what the budget buys; the window
+needs only enough to keep the drive busy while operators compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zinfer.errors import BudgetError
+
+MIN_WINDOW = 64 << 20  # bytes; two blocks a queue slot, below which a deep queue cannot stay full
+MAX_WINDOW = 448 << 20  # bytes; ~0.14 s of a 3.3-GB/s drive, more than any operator's jitter
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one weight costs, in bytes.
+
+    `resident`: kept for good. `window`: its region while streamed. `transient`: ordinary memory that
+    making it takes besides (a replayed conversion's results), at most one weight at a time.
+    """
+
+    resident: int
+    window: int
+    transient: int = 0
+    rows_only: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Indices of the resident weights, and bytes for the residents, the window and conversions."""
+
+    residents: frozenset[int]
+    resident_bytes: int
+    window_bytes: int
+    transient_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it, in bytes."""
+        return self.resident_bytes + self.window_bytes + self.transient_bytes
+
+
+def place(weights: Sequence[Footprint], available: int) -> Placement:
+    """The placement with most resident bytes within `available` bytes; `weights` are in operator order.
+
+    Raises BudgetError with the smallest number of bytes that works.
+    """
+    converted = max((w.window for w in weights if w.transient), default=0)
+    transient = max((w.transient for w in weights), default=0)
+    room = available - transient
+    for candidates in (range(len(weights)), [i for i, w in enumerate(weights) if not w.rows_only]):
+        needed = sum(weights[i].resident for i in candidates)
+        if needed + converted <= room:
+            return Placement(frozenset(candidates), needed, converted, transient)
+    order, by_size = _streamable(weights)
+    # A window of full size first; two of the largest weight let one be read while the other computes;
+    # one alone still works.
+    for window_for in (lambda largest: max(_wanted_window(room), 2 * largest), lambda largest: 2 * largest, int):
+        options = []
+        for kept in range(len(by_size)):
+            window = window_for(max(converted, weights[by_size[kept]].window))
+            option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
+            if option is not None:
+                options.append(option)
+        if options:
+            return max(options, key=lambda option: option.resident_bytes)
+    raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+
+
+def smallest(weights: Sequence[Footprint]) -> int:
+    """The fewest `available` bytes with which `place` finds a placement."""
+    converted = max((w.window for w in weights if w.transient), default=0)
+    transient = max((w.transient for w in weights), default=0)
+    _, by_size = _streamable(weights)
+    kept, options = 0, [converted if not by_size else None]
+    for i in by_size:
+        options.append(kept + max(converted, weights[i].window))
+        kept += weights[i].resident
+    options.append(kept + converted)
+    return transient + min(option for option in options if option is not None)
+
+
+def all_resident(weights: Sequence[Footprint]) -> int:
+    """The fewest `available` bytes with which every weight, embeddings included, is resident."""
+    converted = max((w.window for w in weights if w.transient), default=0)
+    return sum(w.resident for w in weights) + converted + max((w.transient for w in weights), default=0)
+
+
+def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
+    """Indices of the weights that operators ask for in full, in operator order and by falling size."""
+    order = [i for i, w in enumerate(weights) if not w.rows_only]
+    return order, sorted(order, key=lambda i: -weights[i].window)
+
+
+def _wanted_window(room: int) -> int:
+    return max(MIN_WINDOW, min(MAX_WINDOW, room // 5))
+
+
+def _with_largest_kept(
+    weights: Sequence[Footprint],
+    order: Sequence[int],
+    largest: Sequence[int],
+    window: int,
+    transient: int,
+    room: int,
+) -> Placement | None:
+    """Keep the `largest` weights, so that the window only has to hold smaller ones, and fill up evenly."""
+    fixed = sum(weights[i].resident for i in largest)
+    if fixed + window > room:
+        return None
+    rest = [i for i in order if i not in set(largest)]
+    chosen = set(largest) | spread([weights[i].resident for i in rest], room - fixed - window, rest)
+    return Placement(frozenset(chosen), sum(weights[i].resident for i in chosen), window, transient)
+
+
+def spread(sizes: Sequence[int], budget: int, labels: Sequence[int]) -> set[int]:
+    """Labels of a subset of at most `budget` bytes, spread evenly over the sequence (error diffusion)."""
+    total = sum(sizes)
+    if budget <= 0 or not total:
+        return set()
+    share = min(1.0, budget / total)
+    chosen: set[int] = set()
+    credit, left = 0.0, budget
+    for size, label in zip(sizes, labels, strict=True):
+        credit += size * share
+        if credit >= size and size <= left:
+            chosen.add(label)
+            credit -= size
+            left -= size
+    for size, label in sorted(zip(sizes, labels, strict=True), reverse=True):
+        if label not in chosen and size <= left:
+            chosen.add(label)
+            left -= size
+    return chosen

@@ -1,0 +1,183 @@
+"""The handle that `zinfer.run` leaves on the model: report, close, and the sweep clock."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+from torch import nn
+
+from zinfer.errors import OptionError
+from zinfer.plan.memory import process_peak
+from zinfer.report import Report
+from zinfer.streaming import Streaming
+
+SWEEPS_REMEMBERED = 4096
+
+
+class Runtime:
+    """`model.zinfer`. Any thread may call it; close() is idempotent.
+
+    A sweep is counted at each call of the model itself; the time between two calls belongs to the
+    first of them, so sampling and text output count as part of a token's time.
+    """
+
+    def __init__(self, model: nn.Module, streaming: Streaming, source: str, offload: str, bytes_written: int) -> None:
+        self._name = type(model).__name__
+        self._streaming = streaming
+        self._source = source
+        self._offload = offload
+        self._bytes_written = bytes_written
+        self._marks: deque[tuple[float, int]] = deque(maxlen=SWEEPS_REMEMBERED)
+        self._first_sweep: float | None = None
+        self._sweeps = 0
+        self._hook = model.register_forward_pre_hook(self._mark)
+        self._done_hook = model.register_forward_hook(self._finish, always_call=False)
+
+    def report(self) -> Report:
+        """What happened so far."""
+        coordinator, account = self._streaming.coordinator, self._streaming.account
+        engine, counters = coordinator.device.engine, coordinator.counters
+        spans = [
+            (later[0] - mark[0], later[1] - mark[1])
+            for mark, later in zip(self._marks, list(self._marks)[1:], strict=False)
+        ]
+        if self._sweeps <= SWEEPS_REMEMBERED:
+            spans = spans[1:]  # the first sweep also loads the residents
+        seconds = sum(span for span, _ in spans)
+        waits = sorted(counters.waits_by_weight.items(), key=lambda item: -item[1])
+        files = coordinator.device.files.values()
+        stats = engine.stats
+        return Report(
+            model=self._name,
+            source=self._source,
+            offload=self._offload,
+            backend=engine.backend,
+            direct=all(file.direct for file in files),
+            model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
+            budget=account.ceiling,
+            planned_resident_bytes=account.residents,
+            resident_bytes=self.resident_bytes,
+            window_bytes=account.window,
+            small_bytes=account.small,
+            bounce_bytes=account.bounce,
+            conversion_bytes=account.conversions,
+            bytes_read=stats["bytes_transferred"],
+            bytes_written=self._bytes_written,
+            requests=stats["requests"],
+            retries=stats["retries"],
+            sweeps=self._sweeps,
+            first_sweep_seconds=self._first_sweep,
+            sweep_seconds=statistics.median(span for span, _ in spans) if spans else None,
+            sweep_bytes=statistics.median(count for _, count in spans) if spans else None,
+            read_rate=sum(count for _, count in spans) / seconds if seconds else None,
+            wait_seconds=counters.wait_seconds,
+            hits=counters.hits,
+            misses=counters.misses,
+            row_reads=counters.row_reads,
+            row_bytes=counters.row_bytes,
+            longest_waits=tuple(waits[:5]),
+            process_peak_bytes=process_peak(),
+            fallbacks=self._fallbacks(),
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights that are in memory for good by now, small tensors included."""
+        weights = self._streaming.weights
+        return sum(w.nbytes for w in weights if w.resident is not None) + self._streaming.account.small
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the drive so far."""
+        return self._streaming.coordinator.device.engine.stats["bytes_transferred"]
+
+    @property
+    def sweep_bytes(self) -> int:
+        """Bytes that a sweep is expected to read once the residents are loaded."""
+        return sum(w.read_bytes for w in self._streaming.weights if not (w.wants_residence or w.rows_only))
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps begun so far."""
+        return self._sweeps
+
+    def close(self) -> None:
+        """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
+        self._hook.remove()
+        self._done_hook.remove()
+        self._streaming.coordinator.close()
+        self._streaming.restore()
+        for weight in self._streaming.weights:
+            weight.resident = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._streaming.coordinator.closed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        return self  # a copied model streams through the same runtime
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self._sweeps} sweeps"
+        return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
+
+    def _mark(self, *_: Any) -> None:
+        self._sweeps += 1
+        self._marks.append((time.perf_counter(), self.bytes_read))
+
+    def _finish(self, *_: Any) -> None:
+        if self._first_sweep is None and self._marks:
+            self._first_sweep = time.perf_counter() - self._marks[0][0]
+
+    def _fallbacks(self) -> tuple[str, ...]:
+        device = self._streaming.coordinator.device
+        notes = [f"{backend} not used: {reason}" for backend, reason in device.engine.fallbacks]
+        buffered = [file for file in device.files.values() if not file.direct]
+        if buffered:
+            notes.append(f"O_DIRECT not used: {buffered[0].direct_reason}")
+        return tuple(notes)
+
+
+def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Give `model` its handle as `.zinfer` and make it a context manager, without touching its class.
+
+    The instance gets a subclass of its class with the same name (as FSDP2 does); it adds only
+    `__enter__`, `__exit__` and a check in `_apply` that explains `.to()`.
+    """
+    base = type(model)
+
+    def enter(self: nn.Module) -> nn.Module:
+        return self
+
+    def leave(self: nn.Module, *_: Any) -> None:
+        self.zinfer.close()  # type: ignore[operator, union-attr]
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        _refuse_moves(self, fn)
+        return self
+
+    extra = {"__enter__": enter, "__exit__": leave, "__module__": base.__module__, "__doc__": base.__doc__}
+    if runtime._offload != "none":
+        extra["_apply"] = apply
+    model.__class__ = type(base.__name__, (base,), extra)
+    model.zinfer = runtime  # type: ignore[assignment]
+    return model
+
+
+def _refuse_moves(model: nn.Module, fn: Any) -> None:
+    """Raise unless `fn`, what .to() and friends apply to each tensor, changes neither device nor dtype."""
+    import torch
+
+    for dtype in {tensor.dtype for tensor in model.parameters()}:
+        probe = torch.empty(0, dtype=dtype)
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise OptionError(
+                f"this model streams its weights, so .to() cannot turn them into {moved.device}/{moved.dtype}: "
+                "pass dtype= (and max_memory=) to zinfer.run instead, or load with offload='none'"
+            )

@@ -1,0 +1,252 @@
+"""Turn a model with symbolic parameters into one that streams them within a memory budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from zinfer.coordinator.coordinator import Coordinator
+from zinfer.device.cpu import CpuDevice, bounce_slot_bytes, DEPTH
+from zinfer.errors import BudgetError, OptionError
+from zinfer.plan.memory import free_memory, total_memory
+from zinfer.plan.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
+from zinfer.weights.loading import parameter_slots
+from zinfer.weights.lowering import Placed, Provenance, provenance_of
+from zinfer.weights.parameter import StreamedParameter
+from zinfer.weights.symbolic import SymbolicTensor, evaluate
+from zinfer.weights.weight import Weight
+
+logger = logging.getLogger("zinfer")
+
+SMALL_BYTES = 1 << 20  # a tensor below this is read once and kept: streaming it costs more than it saves
+SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget / SMALL_SHARE
+HEADROOM = 512 << 20  # bytes of free memory left to activations, KV cache and the libraries' own pages
+
+
+@dataclass
+class Slot:
+    """A place in the model that holds a symbolic tensor: `owner._parameters[attribute]`, or a buffer."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+    is_parameter: bool
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Put `tensor` there."""
+        table = self.owner._parameters if self.is_parameter else self.owner._buffers
+        table[self.attribute] = tensor  # type: ignore[assignment]
+
+
+@dataclass
+class Held:
+    """One distinct symbolic tensor, all the slots tied to it, and how to get its bytes."""
+
+    tensor: SymbolicTensor
+    slots: list[Slot]
+    provenance: Provenance
+
+    def stays(self, threshold: int) -> bool:
+        """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
+
+        Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once.
+        """
+        nbytes = self.tensor.numel() * self.tensor.dtype.itemsize
+        return nbytes < threshold or self.tensor.dim() < 2 or not self.slots[0].is_parameter
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where the budget went, in bytes. `ceiling` bounds the sum of the others."""
+
+    ceiling: int
+    residents: int
+    window: int
+    conversions: int
+    small: int
+    bounce: int
+
+
+@dataclass
+class Streaming:
+    """A model's weights, made to stream: what the runtime handle is built on."""
+
+    coordinator: Coordinator
+    weights: list[Weight]
+    account: Account
+    restore: Callable[[], None]  # put the streamed parameters back in place of the residents
+
+
+def gather(model: nn.Module) -> list[Held]:
+    """Every distinct symbolic tensor of `model`, in registration order, with all slots tied to it."""
+    held: dict[int, Held] = {}
+    for owner, attribute, name, tensor, is_parameter in parameter_slots(model):
+        if isinstance(tensor, SymbolicTensor):
+            if id(tensor) not in held:
+                held[id(tensor)] = Held(tensor, [], provenance_of(tensor.expression))
+            held[id(tensor)].slots.append(Slot(owner, attribute, name, is_parameter))
+    return list(held.values())
+
+
+def stream(
+    model: nn.Module, *, offload: str, ceiling: int | None, progress: bool, allocated: bool = False
+) -> Streaming:
+    """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
+
+    `offload` as for zinfer.run. `ceiling`: bytes zinfer may allocate, None for what is free.
+    `allocated`: the model was live, its tensors not mapped from these files (see layout.py). Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
+    """
+    budget = _budget(ceiling)
+    threshold = min(SMALL_BYTES, budget // SMALL_SHARE)
+    held = gather(model)
+    small = [item for item in held if item.stays(threshold)]
+    large = [item for item in held if not item.stays(threshold)]
+    weights = [_weight(item, allocated) for item in large]
+    footprints = [_footprint(weight) for weight in weights]
+    slot = bounce_slot_bytes(budget)
+    fixed = _small_bytes(small) + DEPTH * slot
+    placement = _place(footprints, budget, fixed, offload)
+    for index in placement.residents:
+        weights[index].wants_residence = True
+    regions = sum(weights[i].layout.nbytes for i in placement.residents if weights[i].placed is not None)
+    paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
+    device = CpuDevice(paths, placement.window_bytes, regions, slot)
+    trains = offload == "none"
+    try:
+        _read_small(device, small, trains, allocated)
+        slots = [item.slots for item in large]
+        coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights, trains))
+        parameters = [StreamedParameter(weight, coordinator) for weight in weights]
+
+        def install() -> None:
+            for places, parameter in zip(slots, parameters, strict=True):
+                for slot in places:
+                    slot.fill(parameter)
+
+        install()
+        if offload in ("cpu", "none"):
+            total = sum(weight.nbytes for weight in weights)
+            with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+                coordinator.load(weights, bar.update)
+    except BaseException:
+        device.close()
+        raise
+    account = Account(
+        ceiling=budget,
+        residents=placement.resident_bytes,
+        window=placement.window_bytes,
+        conversions=placement.transient_bytes,
+        small=_small_bytes(small),
+        bounce=DEPTH * slot,
+    )
+    return Streaming(coordinator, weights, account, install)
+
+
+def _budget(ceiling: int | None) -> int:
+    free = free_memory()
+    spare = max(free - min(HEADROOM, free // 4), 0)
+    if ceiling is None:
+        return spare
+    if ceiling > total_memory():
+        raise BudgetError(
+            f"max_memory['cpu'] is {ceiling} bytes, but this machine (or its memory cgroup) has {total_memory()}; "
+            f"ask for at most {spare}, what is free now"
+        )
+    if ceiling > spare:
+        logger.warning(
+            "max_memory['cpu'] is %.2f GiB, of which %.2f GiB are free now less headroom; using those",
+            ceiling / 2**30,
+            spare / 2**30,
+        )
+    return min(ceiling, spare)
+
+
+def _weight(item: Held, allocated: bool) -> Weight:
+    tensor = item.tensor
+    rows_only = all(type(slot.owner) is nn.Embedding for slot in item.slots) and isinstance(item.provenance, Placed)
+    return Weight(
+        item.slots[0].name,
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        item.provenance,
+        rows_only=rows_only,
+        allocated=allocated,
+    )
+
+
+def _footprint(weight: Weight) -> Footprint:
+    if weight.placed is not None:
+        return Footprint(weight.layout.nbytes, weight.layout.nbytes, rows_only=weight.rows_only)
+    # A replay holds, besides the leaves in the window, its result and at worst one intermediate copy.
+    return Footprint(round_up(weight.nbytes), weight.layout.nbytes, transient=2 * round_up(weight.nbytes))
+
+
+def _small_bytes(small: Sequence[Held]) -> int:
+    return lay_out([p for item in small for p in placements_of(item.provenance)], unit=VECTOR).nbytes
+
+
+def _place(footprints: Sequence[Footprint], budget: int, fixed: int, offload: str) -> Placement:
+    if not footprints:
+        return Placement(frozenset(), 0, 0, 0)
+    needed = fixed + (all_resident(footprints) if offload in ("cpu", "none") else smallest(footprints))
+    if needed > budget:
+        what = (
+            f"offload={offload!r} keeps the whole model in memory"
+            if offload in ("cpu", "none")
+            else "the largest operator and the small tensors have to be in memory at once"
+        )
+        remedy = "; offload='nvme' streams what does not fit" if offload in ("cpu", "none") else ""
+        raise BudgetError(
+            f"the budget is {budget} bytes, but {what}: the smallest max_memory['cpu'] that works is "
+            f"{needed} bytes{remedy}"
+        )
+    return place(footprints, budget - fixed)
+
+
+def _order(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
+    """First guess at the operator order: registration order, fused experts read slice by slice left out."""
+    eager_experts = getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager"
+    return [weight for weight in weights if not (eager_experts and len(weight.shape) == 3)]
+
+
+def _settler(
+    slots: Sequence[list[Slot]], weights: Sequence[Weight], trains: bool
+) -> Callable[[Weight, torch.Tensor], None]:
+    """What puts a plain parameter where a weight has become resident."""
+    places = {id(weight): there for there, weight in zip(slots, weights, strict=True)}
+
+    def settle(weight: Weight, tensor: torch.Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=trains and tensor.is_floating_point())
+        for slot in places[id(weight)]:
+            slot.fill(parameter)
+
+    return settle
+
+
+def _read_small(device: CpuDevice, small: Sequence[Held], trains: bool, allocated: bool) -> None:
+    placements = [placed for item in small for placed in placements_of(item.provenance)]
+    tensors = iter(device.read_together(placements, allocated=allocated))
+    for item in small:
+        if isinstance(item.provenance, Placed):
+            value = next(tensors)
+        else:
+            leaves: dict[int, Any] = {id(node): next(tensors) for node, _ in item.provenance.leaves}
+            value = evaluate(item.provenance.expression, lambda node: leaves.get(id(node)), device.torch_device)
+        if item.slots[0].is_parameter:
+            value = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+        for slot in item.slots:
+            slot.fill(value)
+
+
+def check_offload(offload: str) -> None:
+    """Raises OptionError for anything but the four modes."""
+    if offload not in ("auto", "nvme", "cpu", "none"):
+        raise OptionError(f"offload={offload!r}; choose 'auto', 'nvme', 'cpu' or 'none'")

@@ -1,0 +1,1 @@
+"""From a checkpoint's headers to streamed parameters; no weight byte is read here."""

@@ -1,0 +1,93 @@
+"""Find a checkpoint's shards and tensors in a folder, from its index and headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from zinfer.errors import CheckpointError
+from zinfer.weights.safetensors_header import TensorEntry, read_header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face layout and the tensors its safetensors shards hold."""
+
+    folder: str
+    shards: tuple[str, ...]
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.length for entry in self.tensors.values())
+
+
+def find_shards(folder: str, variant: str | None = None) -> tuple[str, ...] | None:
+    """Paths of the safetensors shards in `folder`, or None where there are none.
+
+    An index wins over a single file, as in transformers. Raises CheckpointError for a broken index.
+    """
+    index = _index_path(folder, variant)
+    if os.path.exists(index):
+        return tuple(sorted(set(_read_index(index).values())))
+    single = os.path.join(folder, f"model.{variant}.safetensors" if variant else "model.safetensors")
+    return (single,) if os.path.lexists(single) else None
+
+
+def open_checkpoint(folder: str, variant: str | None = None) -> Checkpoint:
+    """The checkpoint in `folder`; reads headers only.
+
+    Raises CheckpointError when the folder, a shard, or a tensor the index names is absent or malformed.
+    """
+    shards = find_shards(folder, variant)
+    if shards is None:
+        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")
+    headers = {shard: read_header(shard) for shard in shards}
+    tensors = {name: entry for header in headers.values() for name, entry in header.items()}
+    index = _index_path(folder, variant)
+    for name, shard in _read_index(index).items() if os.path.exists(index) else ():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{shard}: the index places tensor {name!r} in this shard, which lacks it; "
+                "fetch the checkpoint again"
+            )
+        tensors[name] = headers[shard][name]
+    return Checkpoint(folder, shards, tensors)
+
+
+def _index_path(folder: str, variant: str | None) -> str:
+    return os.path.join(folder, f"model.safetensors.index{f'.{variant}' if variant else ''}.json")
+
+
+def _read_index(index: str) -> dict[str, str]:
+    """Tensor name -> absolute shard path, every path checked to stay inside the index's folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in it; fetch the file again")
+    paths = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} points to {file!r}, which leaves the checkpoint's folder; "
+                "do not trust this checkpoint"
+            )
+        paths[name] = str(Path(index).parent / file)
+    return paths
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError when it is absent, unreadable or not an object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value

@@ -1,0 +1,208 @@
+"""Streamed parameters: nn.Parameters with shape, dtype and device but no bytes.
+
+Any torch operator that touches one runs with the real tensor instead. `__torch_function__` sees calls
+made from Python, `__torch_dispatch__` what slips past it (`weight.T`, scripted code). What an operator
+needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[i]`) from `source.rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+
+from zinfer.errors import ReadOnlyError, ZinferError
+from zinfer.weights.weight import Weight
+
+
+class WeightSource(Protocol):
+    """What a streamed parameter asks for its bytes; the coordinator implements it."""
+
+    def whole(self, weight: Weight) -> torch.Tensor:
+        """The tensor of `weight`. It stays valid as long as it, or a view of it, is referenced."""
+        ...
+
+    def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
+        ...
+
+
+class StreamedParameter(torch.Tensor):
+    """See the module's docstring. Read-only; deep copies share the weight; never requires grad."""
+
+    weight: Weight
+    source: WeightSource
+    _is_param: bool
+
+    @staticmethod
+    def __new__(cls, weight: Weight, source: WeightSource) -> StreamedParameter:
+        parameter: StreamedParameter = torch.Tensor._make_wrapper_subclass(
+            cls, weight.shape, strides=weight.stride, dtype=weight.dtype, device="cpu", requires_grad=False
+        )
+        parameter.weight = weight
+        parameter.source = source
+        parameter._is_param = True  # what isinstance(p, nn.Parameter) looks at
+        return parameter
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __repr__(self, **_: Any) -> str:
+        weight = self.weight
+        return f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype}, tier={weight.tier!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
+        return memo.setdefault(id(self), StreamedParameter(self.weight, self.source))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ZinferError(
+            f"{self.weight.name!r} is streamed and has no bytes to pickle or save; its bytes are in the "
+            "checkpoint it came from"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], StreamedParameter):
+            raise _read_only(args[0], name)
+        if kwargs:
+            return func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+        return func(*_real(args))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.is_write and isinstance(value, StreamedParameter):
+                    raise _read_only(value, str(func))
+        real_args, real_kwargs = tree_map_only(StreamedParameter, _whole, (args, kwargs))
+        return func(*real_args, **real_kwargs)
+
+
+def _whole(parameter: StreamedParameter) -> torch.Tensor:
+    weight = parameter.weight
+    return weight.resident if weight.resident is not None else parameter.source.whole(weight)
+
+
+def _real(value: Any) -> Any:
+    """`value` with every streamed parameter in it (also inside lists, tuples and dicts) made real."""
+    if type(value) is StreamedParameter:
+        return _whole(value)
+    if type(value) in (tuple, list):
+        return type(value)(_real(item) for item in value)
+    if type(value) is dict:
+        return {key: _real(item) for key, item in value.items()}
+    return value
+
+
+def _read_only(parameter: StreamedParameter, name: str) -> ReadOnlyError:
+    return ReadOnlyError(
+        f"{name} would change {parameter.weight.name!r}, which is streamed from a checkpoint and read-only; "
+        "load the model with offload='none' to change its weights"
+    )
+
+
+def _metadata(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """detach(), .data, requires_grad_(): the parameter itself, since there is nothing to detach from."""
+    return args[0]
+
+
+def _never_trains(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    if wanted:
+        raise _read_only(args[0], "requires_grad")
+    return args[0]
+
+
+def _refuse_write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise _read_only(args[0], getattr(func, "__name__", "assignment"))
+
+
+def _no_bytes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise ZinferError(
+        f"{args[0].weight.name!r} is streamed: it has no storage of its own. Use it in an operator, or "
+        f"clone() it to get a tensor that has one"
+    )
+
+
+def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those."""
+    ids = args[0] if args else kwargs["input"]
+    parameter = args[1] if len(args) > 1 else kwargs["weight"]
+    max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+    if max_norm is not None:
+        raise _read_only(parameter, "F.embedding(max_norm=...)")
+    weight = parameter.weight
+    if weight.resident is not None or weight.placed is None or not ids.numel():
+        return F.embedding(_real(ids), _whole(parameter))
+    distinct, positions = torch.unique(_real(ids), return_inverse=True)
+    rows = distinct.tolist()
+    if rows[0] < 0 or rows[-1] >= weight.shape[0]:
+        raise IndexError(f"token id {rows[0] if rows[0] < 0 else rows[-1]} outside 0..{weight.shape[0] - 1}")
+    return F.embedding(positions, parameter.source.rows(weight, rows))
+
+
+def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`weight[e]` with an integer: only that slice is read."""
+    parameter, index = args
+    if type(parameter) is StreamedParameter and _is_integer(index):
+        weight, row = parameter.weight, int(index)
+        if weight.resident is None and weight.placed is not None and -weight.shape[0] <= row < weight.shape[0]:
+            return parameter.source.rows(weight, [row % weight.shape[0]])[0]
+    return func(_real(parameter), _real(index))
+
+
+def _is_integer(index: Any) -> bool:
+    if isinstance(index, torch.Tensor):
+        return index.dim() == 0 and index.dtype in (torch.int64, torch.int32)
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _handlers() -> dict[Any, Callable[..., Any]]:
+    tensor: Any = torch.Tensor
+    getters = """shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad grad_fn names
+        is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn
+        is_ipu is_maia is_mtia is_vulkan is_xla output_nr _version retains_grad _base _backward_hooks""".split()
+    methods = """size dim ndimension numel nelement element_size stride is_contiguous is_floating_point
+        is_complex get_device storage_offset __len__ __hash__ is_same_size is_inference has_names
+        register_hook type_as_hint is_signed sym_size""".split()
+    table: dict[Any, Callable[..., Any]] = {}
+    for name in getters:
+        if hasattr(tensor, name):
+            table[getattr(tensor, name).__get__] = _metadata
+    for name in methods:
+        if hasattr(tensor, name):
+            table[getattr(tensor, name)] = _metadata
+    for function in (torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size, torch.is_signed):
+        table[function] = _metadata
+    for function in (tensor.detach, torch.detach, tensor.data.__get__):
+        table[function] = _same
+    for function in (tensor.requires_grad_, tensor.requires_grad.__set__):
+        table[function] = _never_trains
+    for function in (tensor.data.__set__, tensor.grad.__set__, tensor.__setitem__):
+        table[function] = _refuse_write
+    for function in (tensor.data_ptr, tensor.untyped_storage, tensor.storage, tensor.numpy, tensor.__dlpack__):
+        table[function] = _no_bytes
+    table[F.embedding] = _embedding
+    table[tensor.__getitem__] = _getitem
+    table[tensor.__repr__] = lambda func, args, kwargs: StreamedParameter.__repr__(args[0])
+    return table
+
+
+_HANDLERS = _handlers()

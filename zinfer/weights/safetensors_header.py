@@ -1,0 +1,145 @@
+"""Parse and validate the header of one safetensors file.
+
+Layout of the format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length N,
+N bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the tensors' bytes; offsets
+count from the end of the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from zinfer.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one checkpoint tensor lies: `length` bytes at `offset` of `path`, row-major."""
+
+    name: str
+    path: str
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: str) -> dict[str, TensorEntry]:
+    """Every tensor of the safetensors file `path`, by name, fully validated against the file's size.
+
+    Raises CheckpointError naming the file, the tensor and the remedy.
+    """
+    raw, size = _read_raw_header(path)
+    data_start = 8 + len(raw)
+    entries: dict[str, TensorEntry] = {}
+    for name, fields in _parse_json(path, raw).items():
+        if name != "__metadata__":
+            entries[name] = _entry(path, name, fields, data_start, size)
+    _refuse_overlaps(path, entries)
+    return entries
+
+
+def _read_raw_header(path: str) -> tuple[bytes, int]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file; a shard has to be a plain safetensors file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path}: header claims {length} bytes but the file has {size}; the file is truncated or "
+                    "not a safetensors file, fetch it again"
+                )
+            return file.read(length), size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read shard: {error.strerror}") from error
+
+
+def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointError(f"{path}: header lists {duplicate!r} twice; fetch the file again")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: header is not JSON ({error}); the file is damaged, fetch it again"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is not a JSON object; the file is damaged, fetch it again")
+    return header
+
+
+def _entry(path: str, name: str, fields: Any, data_start: int, size: int) -> TensorEntry:
+    try:
+        dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: malformed header entry {fields!r}; fetch the file again"
+        ) from error
+    if dtype_name not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype_name!r}; zinfer knows {', '.join(DTYPES)}"
+        )
+    counts = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: shape {shape!r} or offsets {[begin, end]!r} are not counts"
+        )
+    dtype = DTYPES[dtype_name]
+    expected = prod(shape) * dtype.itemsize
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: {dtype_name} {shape} needs {expected} bytes, "
+            f"its offsets {[begin, end]} give {end - begin}"
+        )
+    if data_start + end > size:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} ends at byte {data_start + end} but the file has {size}; "
+            "the file is truncated, fetch it again"
+        )
+    return TensorEntry(name, path, data_start + begin, expected, dtype, tuple(shape))
+
+
+def _refuse_overlaps(path: str, entries: dict[str, TensorEntry]) -> None:
+    ordered = sorted((entry for entry in entries.values() if entry.length), key=lambda entry: entry.offset)
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if before.offset + before.length > after.offset:
+            raise CheckpointError(
+                f"{path}: tensors {before.name!r} and {after.name!r} overlap at byte {after.offset}; "
+                "the file is damaged, fetch it again"
+            )

@@ -1,0 +1,151 @@
+"""Tensors without bytes that remember how they were made.
+
+A checkpoint tensor enters as a SymbolicTensor over a Leaf. Whatever transformers' loader does to it
+(stack, cat, chunk, cast, transpose ...) is recorded as an expression over leaves; lowering.py turns the
+expressions that only move bytes into plain placement, `evaluate` replays the others on real tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from zinfer.errors import CheckpointError
+from zinfer.weights.safetensors_header import TensorEntry
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A checkpoint tensor."""
+
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """Output `index` (None: the only one) of the ATen operator `func`; `args` may hold expressions."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None
+    meta: torch.Tensor  # shape, strides and dtype of this output
+
+
+Expression = Leaf | Apply
+
+
+class SymbolicTensor(torch.Tensor):
+    """Shape, dtype and device of a tensor, and the expression that makes it; no storage."""
+
+    expression: Expression
+
+    @staticmethod
+    def __new__(cls, expression: Expression, like: torch.Tensor) -> SymbolicTensor:
+        """`like`: a meta tensor with the shape, strides and dtype of the result."""
+        tensor: SymbolicTensor = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device="cpu", requires_grad=False
+        )
+        tensor.expression = expression
+        return tensor
+
+    @classmethod
+    def of(cls, entry: TensorEntry) -> SymbolicTensor:
+        """The symbolic tensor for one checkpoint tensor."""
+        return cls(Leaf(entry), torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+
+    def __repr__(self, **_: Any) -> str:
+        return f"SymbolicTensor({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        if func._schema.is_mutable:
+            raise CheckpointError(
+                f"loading wants to write into a checkpoint tensor ({func}); this conversion is unsupported"
+            )
+        meta_args, meta_kwargs = tree_map_only(SymbolicTensor, _to_meta, (args, kwargs))
+        if "device" in meta_kwargs:
+            meta_kwargs["device"] = "meta"
+        try:
+            out = func(*meta_args, **meta_kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            raise CheckpointError(
+                f"loading this checkpoint needs the values of a tensor ({func}), which zinfer does not read "
+                f"at load: {error}"
+            ) from error
+        expr_args, expr_kwargs = tree_map_only(SymbolicTensor, lambda t: t.expression, (args, kwargs))
+
+        def wrap(meta: torch.Tensor, index: int | None) -> SymbolicTensor:
+            return cls(Apply(func, tuple(expr_args), expr_kwargs, index, meta), meta)
+
+        if isinstance(out, torch.Tensor):
+            return wrap(out, None)
+        if isinstance(out, (tuple, list)) and all(isinstance(item, torch.Tensor) for item in out):
+            return type(out)(wrap(item, i) for i, item in enumerate(out))
+        raise CheckpointError(f"loading this checkpoint applies {func} to a tensor, which is unsupported")
+
+
+def _to_meta(tensor: SymbolicTensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def children(expression: Apply) -> Iterator[Expression]:
+    """The expressions that `expression` takes as operands, in order."""
+    stack: list[Any] = [expression.args, tuple(expression.kwargs.values())]
+    while stack:
+        item = stack.pop(0)
+        if isinstance(item, (Leaf, Apply)):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            stack[:0] = item
+
+
+def evaluate(
+    expression: Expression,
+    known: Callable[[Expression], torch.Tensor | None],
+    device: torch.device,
+) -> torch.Tensor:
+    """Replay `expression` on real tensors; `known` returns the tensor of a node that is already placed.
+
+    Each shared node is computed once. Every leaf has to be known.
+    """
+    memo: dict[Any, Any] = {}
+
+    def value(node: Expression) -> torch.Tensor:
+        placed = known(node)
+        if placed is not None:
+            return placed
+        if isinstance(node, Leaf):
+            raise KeyError(f"leaf {node.entry.name!r} was not read")
+        # Outputs of one multi-output call (split, unbind) are separate nodes over the same operands.
+        key = (node.func, tuple(id(child) for child in children(node)), repr(_constants(node)))
+        if key not in memo:
+            args, kwargs = _substitute((node.args, node.kwargs), value)
+            if "device" in kwargs:
+                kwargs["device"] = device
+            memo[key] = node.func(*args, **kwargs)
+        return memo[key] if node.index is None else memo[key][node.index]
+
+    with torch.no_grad():
+        return value(expression)
+
+
+def _constants(node: Apply) -> Any:
+    return _substitute((node.args, node.kwargs), lambda _: None)
+
+
+def _substitute(item: Any, value: Callable[[Expression], Any]) -> Any:
+    if isinstance(item, (Leaf, Apply)):
+        return value(item)
+    if isinstance(item, (list, tuple)):
+        return type(item)(_substitute(part, value) for part in item)
+    if isinstance(item, dict):
+        return {key: _substitute(part, value) for key, part in item.items()}
+    return item

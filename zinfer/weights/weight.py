@@ -1,0 +1,68 @@
+"""One weight of the model: what it is, how its bytes are obtained, and where it is held now."""
+
+from __future__ import annotations
+
+import weakref
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from zinfer.weights.layout import Layout, lay_out, placements_of
+from zinfer.weights.lowering import Placed, Provenance
+
+if TYPE_CHECKING:
+    from zinfer.device.fetch import Fetch
+
+
+class Weight:
+    """Description and state of one weight; every parameter tied to it shares this object.
+
+        (nvme) --fetch--> in the window --last tensor dies--> (nvme)
+           \\------------> resident, for good, if `wants_residence`
+
+    The description never changes. `resident` is set once; `fetch` refers, weakly, to the read that
+    currently holds the weight in the window, so that readers at the same place share it. Both belong
+    to the coordinator and change under its lock.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: torch.Size | tuple[int, ...],
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        provenance: Provenance,
+        *,
+        rows_only: bool = False,
+        allocated: bool = False,
+    ) -> None:
+        self.name = name
+        self.shape = torch.Size(shape)
+        self.stride = stride
+        self.dtype = dtype
+        self.provenance = provenance
+        self.rows_only = rows_only  # owned by an embedding alone: operators ask for rows, never for all of it
+        self.nbytes = prod(shape) * dtype.itemsize
+        self.layout: Layout = lay_out(placements_of(provenance), allocated=allocated)
+        self.wants_residence = False
+        self.resident: torch.Tensor | None = None
+        self.fetch: weakref.ref[Fetch] | None = None
+
+    @property
+    def placed(self) -> Placed | None:
+        """The placement, or None for a weight that has to be replayed."""
+        return self.provenance if isinstance(self.provenance, Placed) else None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of checkpoint that one fetch reads."""
+        return sum(piece.run.length for piece in self.layout.pieces)
+
+    @property
+    def tier(self) -> str:
+        """`host` once resident, else `nvme`."""
+        return "nvme" if self.resident is None else "host"
+
+    def __repr__(self) -> str:
+        return f"Weight({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.tier})"
