@@ -1,0 +1,194 @@
+"""One entry of the store: its folder, its manifest, and the lock that keeps two writers apart.
+
+nothing --write--> parts, journal --manifest.json--> complete --a file's size differs--> parts, journal
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zinfer.errors import CheckpointError, StoreError
+from zinfer.store.folder import describe, prepare_root, write_errors
+from zinfer.store.part_file import hash_file, write_file
+from zinfer.weights.checkpoint import read_json
+
+logger = logging.getLogger("zinfer")
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+JOURNAL = MANIFEST + ".done"
+WAIT_BEFORE_LOG = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says about one file; `source_*` where the file is a copy of one."""
+
+    size: int  # bytes
+    sha256: str  # hex
+    source_size: int | None = None  # bytes
+    source_mtime_ns: int | None = None
+
+
+class Entry:
+    """The entry for the source with `identity` (sha256 hex) in the store at `root`. Holds nothing open."""
+
+    def __init__(self, root: str, name: str, identity: str, kind: str, source: str) -> None:
+        self.root = root
+        self.source = source
+        self.folder = os.path.join(root, f"{name}-{identity[:12]}")
+        self._about = {"schema": SCHEMA, "kind": kind, "source": source, "identity": identity}
+
+    def obtain(self, write: Callable[[], dict[str, FileRecord]]) -> str:
+        """The entry's folder, complete: as it is, or after `write` has written its files under the lock.
+
+        `write` returns what it wrote, by file name relative to the folder. Raises StoreError.
+        """
+        if not self._is_complete():
+            prepare_root(self.root)
+            with self._lock():
+                if not self._is_complete():
+                    with write_errors(self.folder, lambda: 0):
+                        os.makedirs(self.folder, exist_ok=True)
+                        self._withdraw()
+                    self._save(MANIFEST, write())
+                    self._remove(JOURNAL)
+        return self.folder
+
+    def path(self, name: str) -> str:
+        """Absolute path of the entry's file `name`."""
+        return os.path.join(self.folder, name)
+
+    def done(self) -> dict[str, FileRecord]:
+        """The files that an earlier, interrupted writing finished and that still have the right size."""
+        records = _read_records(self.path(JOURNAL), self._about) or {}
+        return {name: record for name, record in records.items() if _size(self.path(name)) == record.size}
+
+    def note(self, records: dict[str, FileRecord]) -> None:
+        """Remember `records` as finished files, should this writing be interrupted."""
+        self._save(JOURNAL, records)
+
+    def clear(self) -> None:
+        """Remove every file of the entry. Only under the lock, so only from `obtain`'s `write`."""
+        with write_errors(self.folder, lambda: 0), os.scandir(self.folder) as children:
+            for child in children:
+                if child.is_dir(follow_symlinks=False):
+                    shutil.rmtree(child.path)
+                else:
+                    os.unlink(child.path)
+
+    def _is_complete(self) -> bool:
+        records = _read_records(self.path(MANIFEST), self._about)
+        for name, record in (records or {}).items():
+            if (size := _size(self.path(name))) != record.size:
+                logger.warning(
+                    "%s: has %s bytes, not %d; writing it anew", self.path(name), size, record.size
+                )
+                return False
+        return records is not None
+
+    def _withdraw(self) -> None:
+        """Make a damaged entry an unfinished one, whose sound files count as done."""
+        if os.path.lexists(self.path(MANIFEST)):
+            os.replace(self.path(MANIFEST), self.path(JOURNAL))
+
+    def _save(self, name: str, records: dict[str, FileRecord]) -> None:
+        files = {file: asdict(record) for file, record in sorted(records.items())}
+        write_file(self.path(name), json.dumps({**self._about, "files": files}, indent=1).encode())
+
+    def _remove(self, name: str) -> None:
+        if os.path.lexists(self.path(name)):
+            os.unlink(self.path(name))
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.folder + ".lock"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {describe(error)}; check its permissions") from error
+        try:
+            _flock(fd, path)
+            try:
+                yield
+            finally:
+                fcntl.flock(
+                    fd, fcntl.LOCK_UN
+                )  # closing would not do: a forked child may share the descriptor
+        finally:
+            os.close(fd)
+
+
+def verify(entry: str) -> None:
+    """Read every file of the store's entry in folder `entry` and compare it with the manifest.
+
+    Raises StoreError naming the file that is missing, short or altered, or when the entry is incomplete.
+    """
+    records = _read_records(os.path.join(entry, MANIFEST), {"schema": SCHEMA})
+    if records is None:
+        raise StoreError(
+            f"{entry}: no readable {MANIFEST} in it: not a complete entry of the store; write it again"
+        )
+    for name, record in records.items():
+        path = os.path.join(entry, name)
+        try:
+            size, sha256 = hash_file(path)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be read: {error}; delete {entry} and let zinfer write it again"
+            ) from error
+        if (size, sha256) != (record.size, record.sha256):
+            raise StoreError(
+                f"{path}: damaged: {size} bytes with sha256 {sha256}, but {record.size} bytes with sha256 "
+                f"{record.sha256} were written; delete {entry} and let zinfer write it again"
+            )
+
+
+def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | None:
+    """The files a manifest lists; None where it is missing, malformed, or not `about` the same thing."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        manifest = read_json(path)
+        if any(manifest.get(key) != value for key, value in about.items()):
+            raise ValueError(f"it is not about {about}")
+        return {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: not used: %s", path, error)
+        return None
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _flock(fd: int, path: str) -> None:
+    """Take the lock; say so once when another process holds it for longer than WAIT_BEFORE_LOG."""
+    started = time.monotonic()
+    try:
+        while True:
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() - started > WAIT_BEFORE_LOG:
+                    logger.warning(
+                        "%s: waiting for another process that writes this entry of the store", path
+                    )
+                    return fcntl.flock(fd, fcntl.LOCK_EX)
+            time.sleep(0.02)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be locked: {describe(error)}; give an nvme_path on a local drive"
+        ) from error

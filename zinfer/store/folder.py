@@ -1,0 +1,92 @@
+"""The folder the store owns under `nvme_path`: is it there, can it be written, has it room?"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from zinfer.errors import StoreError, ZinferError
+
+STORE_NAME = "zinfer-store"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def store_root(nvme_path: str) -> str:
+    """Absolute path of the store under `nvme_path`; the store itself need not exist yet.
+
+    Raises StoreError when `nvme_path` is not an existing folder.
+    """
+    nvme_path = os.path.abspath(nvme_path)
+    if not os.path.lexists(nvme_path):
+        raise StoreError(f"nvme_path {nvme_path!r} does not exist; mount the drive, or mkdir -p {nvme_path}")
+    if not os.path.isdir(nvme_path):
+        raise StoreError(f"nvme_path {nvme_path!r} is not a folder; give a folder on the NVMe drive")
+    return os.path.join(nvme_path, STORE_NAME)
+
+
+def device_of(root: str) -> int:
+    """The `st_dev` of the filesystem that files written to the store at `root` will lie on."""
+    return os.stat(root if os.path.isdir(root) else os.path.dirname(root)).st_dev
+
+
+def prepare_root(root: str) -> None:
+    """Create the store's folder `root` where it is missing and find out by trying that it can be written.
+
+    Raises StoreError naming the folder, the errno and the remedy.
+    """
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(root)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"{root}: cannot write there: {describe(error)}; give an nvme_path on a drive with room, that "
+            "this user may write to"
+        ) from error
+
+
+def free_bytes(path: str) -> int:
+    """Bytes an unprivileged process may still write to the filesystem that holds, or would hold, `path`."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def require_space(root: str, needed: int, what: str) -> None:
+    """Raise StoreError unless `needed` bytes, for writing `what`, are free in the store at `root`."""
+    free = free_bytes(root)
+    if needed > free:
+        raise StoreError(
+            f"{root}: writing {what} needs {needed} bytes ({needed / 1e9:.1f} GB) but {free} bytes "
+            f"({free / 1e9:.1f} GB) are free; free {needed - free} bytes, delete entries of the store "
+            "that are no longer used, or give an nvme_path on a larger drive"
+        )
+
+
+@contextmanager
+def write_errors(path: str, missing: Callable[[], int]) -> Iterator[None]:
+    """Turn an OSError of the block into a StoreError about `path`; `missing()`: bytes still to write."""
+    try:
+        yield
+    except ZinferError:
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise StoreError(
+                f"{path}: cannot be written: {describe(error)}; check the drive and the folder's permissions"
+            ) from error
+        free = free_bytes(path)
+        raise StoreError(
+            f"{path}: the drive is full ({describe(error)}): {missing()} bytes of this file are still to "
+            f"be written, {free} bytes are free; free space, or choose a larger drive for nvme_path"
+        ) from error
+
+
+def describe(error: OSError) -> str:
+    """`error` in words with its symbolic errno, such as "No space left on device (ENOSPC)"."""
+    return f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})"
