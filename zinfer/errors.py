@@ -25,7 +25,14 @@ class OptionError(ZinferError, ValueError):
 
 
 class BudgetError(ZinferError, MemoryError):
-    """The memory budget cannot hold what has to be in memory at the same time."""
+    """The memory budget cannot hold what has to be in memory at the same time.
+
+    Attribute: `smallest`, the fewest bytes of budget that work, where that is known, else None.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class CheckpointError(ZinferError, ValueError):

@@ -97,7 +97,7 @@ def _run_checkpoint(
     subfolder, variant = options.pop("subfolder", ""), options.pop("variant", None)
     trust = bool(options.get("trust_remote_code"))
     given_config = options.pop("config", None)
-    folder = _resolve(name, options, subfolder, variant)
+    folder = local_folder(name, options, subfolder, variant)
     model_options = {key: options.pop(key) for key in MODEL_KEYWORDS if key in options}
     config, unused = (given_config, options) if given_config is not None else load_config(folder, options)
     unused.pop("trust_remote_code", None)
@@ -136,7 +136,8 @@ def _run_module(
         for owner, attribute, full_name, tensor, is_parameter in list(parameter_slots(module)):
             if is_parameter:
                 if id(tensor) not in symbolic:
-                    symbolic[id(tensor)] = SymbolicTensor.of(checkpoint.tensors[stored[full_name]])
+                    stand_in = SymbolicTensor.of(checkpoint.tensors[stored[full_name]])
+                    symbolic[id(tensor)] = stand_in.requires_grad_(tensor.requires_grad)
                 owner._parameters[attribute] = symbolic[id(tensor)]  # type: ignore[assignment]
         streaming = stream(module, offload=offload, ceiling=ceiling, progress=show, allocated=True)
     except BaseException:
@@ -165,8 +166,11 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     return found
 
 
-def _resolve(name: str, options: dict[str, Any], subfolder: str, variant: str | None) -> str:
-    """The local folder of `name`; downloads it into the hub's cache when it is a hub id."""
+def local_folder(name: str, options: dict[str, Any], subfolder: str = "", variant: str | None = None) -> str:
+    """The local folder of `name`; downloads it into the hub's cache when it is a hub id.
+
+    Takes the HUB_KEYWORDS out of `options`. Raises CheckpointError, and OptionError for one without effect.
+    """
     hub = {key: options.pop(key) for key in HUB_KEYWORDS if key in options}
     if os.path.isdir(name):
         if hub:
@@ -203,9 +207,9 @@ def _bring_to_drive(folder: str, variant: str | None, nvme_path: str | None, off
             raise CheckpointError(f"{folder}: no model.safetensors, no index and no pytorch_model.bin in it")
         if nvme_path is None:
             raise OptionError(f"{folder} holds .bin files, which are converted once: pass nvme_path=")
-        return store.convert_bin(folder, nvme_path, progress=show)
+        return store.convert_bin(folder, nvme_path, variant=variant, progress=show)
     if nvme_path is None:
         return folder
     if offload in ("cpu", "none"):
         raise OptionError(f"nvme_path has no effect with offload={offload!r}; leave it out")
-    return store.copy_checkpoint(folder, nvme_path, progress=show)
+    return store.copy_checkpoint(folder, nvme_path, variant=variant, progress=show)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from torch import nn
 
 from zinfer.errors import OptionError
@@ -29,7 +30,7 @@ class Runtime:
         self._name = type(model).__name__
         self._streaming = streaming
         self._source = source
-        self._offload = offload
+        self.offload = offload
         self._bytes_written = bytes_written
         self._marks: deque[tuple[float, int]] = deque(maxlen=SWEEPS_REMEMBERED)
         self._first_sweep: float | None = None
@@ -54,7 +55,7 @@ class Runtime:
         return Report(
             model=self._name,
             source=self._source,
-            offload=self._offload,
+            offload=self.offload,
             backend=engine.backend,
             direct=all(file.direct for file in files),
             model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
@@ -147,7 +148,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     """Give `model` its handle as `.zinfer` and make it a context manager, without touching its class.
 
     The instance gets a subclass of its class with the same name (as FSDP2 does); it adds only
-    `__enter__`, `__exit__` and a check in `_apply` that explains `.to()`.
+    `__enter__`, `__exit__`, a `__call__` without autograd (streamed weights do not train, and a graph would
+    hold every activation) and a check in `_apply` that explains `.to()`.
     """
     base = type(model)
 
@@ -157,13 +159,17 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     def leave(self: nn.Module, *_: Any) -> None:
         self.zinfer.close()  # type: ignore[operator, union-attr]
 
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return base.__call__(self, *args, **kwargs)
+
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         _refuse_moves(self, fn)
         return self
 
     extra = {"__enter__": enter, "__exit__": leave, "__module__": base.__module__, "__doc__": base.__doc__}
-    if runtime._offload != "none":
-        extra["_apply"] = apply
+    if runtime.offload != "none":
+        extra |= {"__call__": call, "_apply": apply}
     model.__class__ = type(base.__name__, (base,), extra)
     model.zinfer = runtime  # type: ignore[assignment]
     return model
@@ -171,8 +177,6 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 def _refuse_moves(model: nn.Module, fn: Any) -> None:
     """Raise unless `fn`, what .to() and friends apply to each tensor, changes neither device nor dtype."""
-    import torch
-
     for dtype in {tensor.dtype for tensor in model.parameters()}:
         probe = torch.empty(0, dtype=dtype)
         moved = fn(probe)

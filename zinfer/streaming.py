@@ -115,14 +115,13 @@ def stream(
     placement = _place(footprints, budget, fixed, offload)
     for index in placement.residents:
         weights[index].wants_residence = True
-    regions = sum(weights[i].layout.nbytes for i in placement.residents if weights[i].placed is not None)
+    residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, placement.window_bytes, regions, slot)
-    trains = offload == "none"
+    device = CpuDevice(paths, residents, placement.window_bytes, slot)
     try:
-        _read_small(device, small, trains, allocated)
+        _read_small(device, small, allocated)
         slots = [item.slots for item in large]
-        coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights, trains))
+        coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights))
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
 
         def install() -> None:
@@ -149,9 +148,14 @@ def stream(
     return Streaming(coordinator, weights, account, install)
 
 
-def _budget(ceiling: int | None) -> int:
+def default_budget() -> int:
+    """Bytes zinfer allocates at most where the user sets no ceiling: what is free now, less headroom."""
     free = free_memory()
-    spare = max(free - min(HEADROOM, free // 4), 0)
+    return max(free - min(HEADROOM, free // 4), 0)
+
+
+def _budget(ceiling: int | None) -> int:
+    spare = default_budget()
     if ceiling is None:
         return spare
     if ceiling > total_memory():
@@ -170,7 +174,7 @@ def _budget(ceiling: int | None) -> int:
 
 def _weight(item: Held, allocated: bool) -> Weight:
     tensor = item.tensor
-    rows_only = all(type(slot.owner) is nn.Embedding for slot in item.slots) and isinstance(item.provenance, Placed)
+    rows_only = all(isinstance(slot.owner, nn.Embedding) for slot in item.slots) and isinstance(item.provenance, Placed)
     return Weight(
         item.slots[0].name,
         tensor.shape,
@@ -179,6 +183,7 @@ def _weight(item: Held, allocated: bool) -> Weight:
         item.provenance,
         rows_only=rows_only,
         allocated=allocated,
+        requires_grad=tensor.requires_grad,
     )
 
 
@@ -206,7 +211,8 @@ def _place(footprints: Sequence[Footprint], budget: int, fixed: int, offload: st
         remedy = "; offload='nvme' streams what does not fit" if offload in ("cpu", "none") else ""
         raise BudgetError(
             f"the budget is {budget} bytes, but {what}: the smallest max_memory['cpu'] that works is "
-            f"{needed} bytes{remedy}"
+            f"{needed} bytes{remedy}",
+            needed,
         )
     return place(footprints, budget - fixed)
 
@@ -218,20 +224,20 @@ def _order(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
 
 
 def _settler(
-    slots: Sequence[list[Slot]], weights: Sequence[Weight], trains: bool
+    slots: Sequence[list[Slot]], weights: Sequence[Weight]
 ) -> Callable[[Weight, torch.Tensor], None]:
     """What puts a plain parameter where a weight has become resident."""
     places = {id(weight): there for there, weight in zip(slots, weights, strict=True)}
 
     def settle(weight: Weight, tensor: torch.Tensor) -> None:
-        parameter = nn.Parameter(tensor, requires_grad=trains and tensor.is_floating_point())
+        parameter = nn.Parameter(tensor, requires_grad=weight.requires_grad)
         for slot in places[id(weight)]:
             slot.fill(parameter)
 
     return settle
 
 
-def _read_small(device: CpuDevice, small: Sequence[Held], trains: bool, allocated: bool) -> None:
+def _read_small(device: CpuDevice, small: Sequence[Held], allocated: bool) -> None:
     placements = [placed for item in small for placed in placements_of(item.provenance)]
     tensors = iter(device.read_together(placements, allocated=allocated))
     for item in small:
@@ -241,7 +247,7 @@ def _read_small(device: CpuDevice, small: Sequence[Held], trains: bool, allocate
             leaves: dict[int, Any] = {id(node): next(tensors) for node, _ in item.provenance.leaves}
             value = evaluate(item.provenance.expression, lambda node: leaves.get(id(node)), device.torch_device)
         if item.slots[0].is_parameter:
-            value = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+            value = nn.Parameter(value, requires_grad=item.tensor.requires_grad)
         for slot in item.slots:
             slot.fill(value)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from zinfer.aio import Engine, File
-from zinfer.errors import CheckpointChangedError, ClosedError
 from zinfer.device.fetch import Fetch
+from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
 from zinfer.pinned import Pool
 from zinfer.weights.layout import PAGE, VECTOR, Layout, lay_out
 from zinfer.weights.lowering import Placed, rows_of
@@ -32,61 +32,77 @@ def bounce_slot_bytes(budget: int) -> int:
 
 
 class CpuDevice:
-    """Files, engine and the two pools of one model that computes on the CPU.
+    """Files, engine and memory of one model that computes on the CPU.
 
-    `window` holds weights read ahead, `residents` the ones that stay; either may be None when its
-    capacity is 0. Methods may be called from any thread; the coordinator's lock orders `start`.
+    `window` is the pool that weights are read ahead into (None when nothing streams); each weight in
+    `residents` has a place of its own in a second mapping, so that keeping it can never fail. Any thread
+    may call any method.
     """
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, paths: Sequence[str], window_bytes: int, resident_bytes: int, bounce_slot: int) -> None:
+    def __init__(
+        self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce_slot: int
+    ) -> None:
         self.engine = Engine("auto", depth=DEPTH, block_bytes=BLOCK_BYTES, bounce_slot_bytes=bounce_slot)
         for backend, reason in self.engine.fallbacks:
             logger.warning("%s is not available (%s); reading through %s", backend, reason, self.engine.backend)
         self.files = {path: File(path) for path in paths}
-        for file in self.files.values():
-            if not file.direct:
-                logger.warning("%s is read through the page cache: %s", file.path, file.direct_reason)
-                break  # the reason is the filesystem's, the same for its other shards
+        buffered = next((file for file in self.files.values() if not file.direct), None)
+        if buffered is not None:  # the reason is the filesystem's, the same for the other shards
+            logger.warning("%s is read through the page cache: %s", buffered.path, buffered.direct_reason)
         self.window = Pool(window_bytes, page_lock="off") if window_bytes else None
-        self.residents = Pool(resident_bytes, page_lock="off") if resident_bytes else None
+        self._places: dict[Weight, int] = {}
+        total = 0
+        for weight in residents:
+            self._places[weight] = total
+            total += weight.layout.nbytes
+        self._resident_pool = Pool(total, page_lock="off") if total else None
+        self._resident_block = self._resident_pool.acquire(total) if self._resident_pool else None
 
     def close(self) -> None:
         """Drain every read and give the memory back as soon as the last tensor on it dies."""
         self.engine.close()
         for file in self.files.values():
             file.close()
-        for pool in (self.window, self.residents):
+        self._resident_block = None
+        for pool in (self.window, self._resident_pool):
             if pool is not None:
                 pool.close()
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Fetch | None:
         """Begin to read `weight`, or None when the window has no room for it within `timeout` seconds."""
-        keep = weight.wants_residence and weight.placed is not None
-        pool = self.residents if keep else self.window
-        if pool is None:
-            raise ClosedError(f"no memory was planned for {weight.name!r}")
-        region = pool.acquire(weight.layout.nbytes, timeout)
-        if region is None:
-            return None
-        request = self._read(weight.layout, region, region.address, urgent)
-        fetch = Fetch(weight, request, lambda: self._tensor_of(weight, region))
+        place = self._places.get(weight)
+        if place is not None:
+            block = self._resident_block
+            if block is None:
+                raise ClosedError("the device was closed")
+            memory: Any = memoryview(block)[place : place + weight.layout.nbytes]
+            address = block.address + place
+        else:
+            if self.window is None:
+                raise BudgetError(f"an operator needs all of {weight.name!r}, for which no window was planned")
+            memory = self.window.acquire(weight.layout.nbytes, timeout)
+            if memory is None:
+                return None
+            address = memory.address
+        request = self._read(weight.layout, memory, address, urgent)
+        fetch = Fetch(weight, request, lambda: self._tensor_of(weight, memory, address))
         weight.fetch = weakref.ref(fetch)
         return fetch
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows (ascending, distinct) of a placed weight, in a tensor of their own."""
-        placed = weight.placed
+        """Rows (ascending, distinct) of a weight with a row source, in a tensor of their own."""
+        placed = weight.row_source
         assert placed is not None
-        out = torch.empty((len(rows), *weight.shape[1:]), dtype=weight.dtype)
+        out = torch.empty((len(rows), *weight.shape[1:]), dtype=placed.dtype)
         at, extents = out.data_ptr(), []
         for run in rows_of(placed, rows):
             extents.append((self.files[run.path], run.offset, run.length, at, False))
             at += run.length
         self.engine.read(extents, out, urgent=True).wait()
         self._refuse_changes({run.path for run in placed.runs})
-        return out
+        return out.to(weight.dtype).requires_grad_(weight.requires_grad)
 
     def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
         """Small tensors, read at once into one block of ordinary memory; `allocated` as in lay_out."""
@@ -94,7 +110,8 @@ class CpuDevice:
         block = torch.empty(layout.nbytes, dtype=torch.uint8)
         self._read(layout, block, block.data_ptr(), urgent=True).wait()
         self._refuse_changes({piece.run.path for piece in layout.pieces})
-        return [_view(block.numpy(), start, p) for start, p in zip(layout.starts, placements, strict=True)]
+        with torch.inference_mode(False), torch.no_grad():
+            return [_view(block.numpy(), start, p) for start, p in zip(layout.starts, placements, strict=True)]
 
     def _read(self, layout: Layout, memory: Any, address: int, urgent: bool) -> Any:
         """Read the pieces of `layout` to `address`, which `memory` owns."""
@@ -104,21 +121,24 @@ class CpuDevice:
         ]
         return self.engine.read(extents, memory, urgent=urgent)
 
-    def _tensor_of(self, weight: Weight, region: Any) -> torch.Tensor:
+    def _tensor_of(self, weight: Weight, memory: Any, address: int) -> torch.Tensor:
+        """The tensor of `weight` over `memory`, which it keeps alive, or what its conversion makes of it."""
         self._refuse_changes({piece.run.path for piece in weight.layout.pieces})
-        provenance = weight.provenance
-        if isinstance(provenance, Placed):
-            return _view(region, weight.layout.starts[0], provenance)
-        tensors = {
-            id(node): _view(region, start, placed)
-            for (node, placed), start in zip(provenance.leaves, weight.layout.starts, strict=True)
-        }
-        value = evaluate(provenance.expression, lambda node: tensors.get(id(node)), self.torch_device)
-        if weight.wants_residence and value.untyped_storage().data_ptr() in range(
-            region.address, region.address + region.nbytes
-        ):
-            value = value.clone(memory_format=torch.preserve_format)  # a view would hold the window's region for good
-        return value
+        provenance, starts = weight.provenance, weight.layout.starts
+        # An inference tensor would be of no use to a later pass outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(provenance, Placed):
+                value = _view(memory, starts[0], provenance)
+            else:
+                leaves = {
+                    id(node): _view(memory, start, placed)
+                    for (node, placed), start in zip(provenance.leaves, starts, strict=True)
+                }
+                value = evaluate(provenance.expression, lambda node: leaves.get(id(node)), self.torch_device)
+                inside = 0 <= value.data_ptr() - address < weight.layout.nbytes
+                if weight.wants_residence and inside:  # a view would hold the window's region for good
+                    value = value.clone(memory_format=torch.preserve_format)
+            return value.requires_grad_(weight.requires_grad)
 
     def _refuse_changes(self, paths: set[str]) -> None:
         for path in paths:
@@ -129,10 +149,10 @@ class CpuDevice:
                 )
 
 
-def _view(region: Any, start: int, placed: Placed) -> torch.Tensor:
+def _view(memory: Any, start: int, placed: Placed) -> torch.Tensor:
     if not placed.nbytes:
         return torch.empty(placed.shape, dtype=placed.dtype)
     count = placed.nbytes // placed.dtype.itemsize
-    return torch.frombuffer(region, dtype=placed.dtype, count=count, offset=start).view(placed.shape)
+    return torch.frombuffer(memory, dtype=placed.dtype, count=count, offset=start).view(placed.shape)
 
 

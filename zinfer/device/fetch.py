@@ -24,22 +24,25 @@ class Fetch:
 
     def __init__(self, weight: Weight, request: Any, finish: Callable[[], torch.Tensor]) -> None:
         self.weight = weight
-        self._request = request
-        self._finish: Callable[[], torch.Tensor] | None = finish
+        self._request: Any = request
+        self._finish = finish
         self._tensor: torch.Tensor | None = None
         self._lock = threading.Lock()
 
     @property
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
-        return self._request.done
+        request = self._request
+        return request is None or request.done
 
     def wait(self) -> torch.Tensor:
         """The tensor, once its bytes have landed. Raises DriveError or CheckpointChangedError."""
-        self._request.wait()
+        request = self._request
+        if request is not None:
+            request.wait()
         with self._lock:
-            if self._tensor is None and self._finish is not None:
+            if self._tensor is None:
                 self._tensor = self._finish()
-                self._finish = None
-            assert self._tensor is not None
+                del self._finish
+                self._request = None  # it holds the region, which from here on is the tensor's alone
             return self._tensor

@@ -64,10 +64,8 @@ def lay_out(placements: Sequence[Placed], *, allocated: bool = False, unit: int 
 
 
 def _residue(placed: Placed, allocated: bool) -> int:
-    """Where in its page the tensor starts: its file's residue if it may keep that, else 0 (a copy shifts it)."""
+    """Where in its page the tensor starts: its file's residue if it may keep that, else 0 (then copies shift it)."""
     first = placed.runs[0].offset if placed.runs else 0
-    if first % placed.dtype.itemsize:
-        return 0
     moved = allocated or len(placed.runs) > 1
     exact = placed.dtype.itemsize >= 4 and placed.dtype.is_floating_point
     return 0 if moved and exact and first % VECTOR else first % PAGE

@@ -31,7 +31,11 @@ class WeightSource(Protocol):
 
 
 class StreamedParameter(torch.Tensor):
-    """See the module's docstring. Read-only; deep copies share the weight; never requires grad."""
+    """See the module's docstring. Read-only; deep copies share the weight.
+
+    `requires_grad` says what the parameter in memory would say, because torch chooses kernels by it (matmul
+    folds a batch when the weight requires grad); but operators run without autograd: nothing trains.
+    """
 
     weight: Weight
     source: WeightSource
@@ -40,7 +44,7 @@ class StreamedParameter(torch.Tensor):
     @staticmethod
     def __new__(cls, weight: Weight, source: WeightSource) -> StreamedParameter:
         parameter: StreamedParameter = torch.Tensor._make_wrapper_subclass(
-            cls, weight.shape, strides=weight.stride, dtype=weight.dtype, device="cpu", requires_grad=False
+            cls, weight.shape, strides=weight.stride, dtype=weight.dtype, device="cpu", requires_grad=weight.requires_grad
         )
         parameter.weight = weight
         parameter.source = source
@@ -73,9 +77,11 @@ class StreamedParameter(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], StreamedParameter):
             raise _read_only(args[0], name)
-        if kwargs:
-            return func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
-        return func(*_real(args))
+        real = _real(args)
+        if not kwargs and not torch.is_grad_enabled():
+            return func(*real)
+        with torch.no_grad():
+            return func(*real, **{key: _real(value) for key, value in (kwargs or {}).items()})
 
     @classmethod
     def __torch_dispatch__(
@@ -87,7 +93,8 @@ class StreamedParameter(torch.Tensor):
                 if argument.is_write and isinstance(value, StreamedParameter):
                     raise _read_only(value, str(func))
         real_args, real_kwargs = tree_map_only(StreamedParameter, _whole, (args, kwargs))
-        return func(*real_args, **real_kwargs)
+        with torch.no_grad():
+            return func(*real_args, **real_kwargs)
 
 
 def _whole(parameter: StreamedParameter) -> torch.Tensor:
@@ -119,15 +126,14 @@ def _metadata(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """detach(), .data, requires_grad_(): the parameter itself, since there is nothing to detach from."""
+    """detach() and .data: the parameter itself, since there is nothing to detach from."""
     return args[0]
 
 
-def _never_trains(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _set_requires_grad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    if wanted:
-        raise _read_only(args[0], "requires_grad")
-    return args[0]
+    args[0].weight.requires_grad = bool(wanted)
+    return _metadata(func, args, kwargs)
 
 
 def _refuse_write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,7 +155,7 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if max_norm is not None:
         raise _read_only(parameter, "F.embedding(max_norm=...)")
     weight = parameter.weight
-    if weight.resident is not None or weight.placed is None or not ids.numel():
+    if weight.resident is not None or weight.row_source is None or not ids.numel():
         return F.embedding(_real(ids), _whole(parameter))
     distinct, positions = torch.unique(_real(ids), return_inverse=True)
     rows = distinct.tolist()
@@ -163,7 +169,7 @@ def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     parameter, index = args
     if type(parameter) is StreamedParameter and _is_integer(index):
         weight, row = parameter.weight, int(index)
-        if weight.resident is None and weight.placed is not None and -weight.shape[0] <= row < weight.shape[0]:
+        if weight.resident is None and weight.row_source is not None and -weight.shape[0] <= row < weight.shape[0]:
             return parameter.source.rows(weight, [row % weight.shape[0]])[0]
     return func(_real(parameter), _real(index))
 
@@ -194,7 +200,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
     for function in (tensor.detach, torch.detach, tensor.data.__get__):
         table[function] = _same
     for function in (tensor.requires_grad_, tensor.requires_grad.__set__):
-        table[function] = _never_trains
+        table[function] = _set_requires_grad
     for function in (tensor.data.__set__, tensor.grad.__set__, tensor.__setitem__):
         table[function] = _refuse_write
     for function in (tensor.data_ptr, tensor.untyped_storage, tensor.storage, tensor.numpy, tensor.__dlpack__):

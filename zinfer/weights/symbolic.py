@@ -116,25 +116,32 @@ def evaluate(
 
     Each shared node is computed once. Every leaf has to be known.
     """
-    memo: dict[Any, Any] = {}
+    with torch.no_grad():
+        return _Replay(known, device).value(expression)
 
-    def value(node: Expression) -> torch.Tensor:
-        placed = known(node)
+
+class _Replay:
+    """One evaluation. A class, not nested functions: those would form a cycle that keeps the leaves' memory."""
+
+    def __init__(self, known: Callable[[Expression], torch.Tensor | None], device: torch.device) -> None:
+        self._known = known
+        self._device = device
+        self._memo: dict[Any, Any] = {}
+
+    def value(self, node: Expression) -> torch.Tensor:
+        placed = self._known(node)
         if placed is not None:
             return placed
         if isinstance(node, Leaf):
             raise KeyError(f"leaf {node.entry.name!r} was not read")
         # Outputs of one multi-output call (split, unbind) are separate nodes over the same operands.
         key = (node.func, tuple(id(child) for child in children(node)), repr(_constants(node)))
-        if key not in memo:
-            args, kwargs = _substitute((node.args, node.kwargs), value)
+        if key not in self._memo:
+            args, kwargs = _substitute((node.args, node.kwargs), self.value)
             if "device" in kwargs:
-                kwargs["device"] = device
-            memo[key] = node.func(*args, **kwargs)
-        return memo[key] if node.index is None else memo[key][node.index]
-
-    with torch.no_grad():
-        return value(expression)
+                kwargs["device"] = self._device
+            self._memo[key] = node.func(*args, **kwargs)
+        return self._memo[key] if node.index is None else self._memo[key][node.index]
 
 
 def _constants(node: Apply) -> Any:

@@ -10,9 +10,12 @@ import torch
 
 from zinfer.weights.layout import Layout, lay_out, placements_of
 from zinfer.weights.lowering import Placed, Provenance
+from zinfer.weights.symbolic import Apply
 
 if TYPE_CHECKING:
     from zinfer.device.fetch import Fetch
+
+aten = torch.ops.aten
 
 
 class Weight:
@@ -36,12 +39,14 @@ class Weight:
         *,
         rows_only: bool = False,
         allocated: bool = False,
+        requires_grad: bool = True,
     ) -> None:
         self.name = name
         self.shape = torch.Size(shape)
         self.stride = stride
         self.dtype = dtype
         self.provenance = provenance
+        self.requires_grad = requires_grad  # no gradient ever flows, but torch picks kernels by the flag
         self.rows_only = rows_only  # owned by an embedding alone: operators ask for rows, never for all of it
         self.nbytes = prod(shape) * dtype.itemsize
         self.layout: Layout = lay_out(placements_of(provenance), allocated=allocated)
@@ -53,6 +58,19 @@ class Weight:
     def placed(self) -> Placed | None:
         """The placement, or None for a weight that has to be replayed."""
         return self.provenance if isinstance(self.provenance, Placed) else None
+
+    @property
+    def row_source(self) -> Placed | None:
+        """Where single rows can be read: the placement, or that of a weight that is only cast to its dtype."""
+        provenance = self.provenance
+        if isinstance(provenance, Placed):
+            return provenance
+        expression = provenance.expression
+        while isinstance(expression, Apply) and expression.func.overloadpacket in (aten.detach, aten.alias):
+            expression = expression.args[0]
+        cast = isinstance(expression, Apply) and expression.func.overloadpacket is aten._to_copy
+        placed = provenance.leaves[0][1]
+        return placed if cast and placed.shape == tuple(self.shape) and len(provenance.leaves) == 1 else None
 
     @property
     def read_bytes(self) -> int:
