@@ -132,6 +132,21 @@ def test_every_decoding_mode_gives_the_same_tokens(settings, saved, nothing_left
         assert torch.equal(expected, model.generate(ids, max_new_tokens=8, pad_token_id=0, **settings))
 
 
+def test_views_of_a_weight_carry_its_requires_grad_flag(saved, nothing_left):
+    """matmul asks `weight.t()` for the flag, and folds the batch, or copies the whole weight, by the answer."""
+    reference, model = load_both(saved("llama"), "llama")
+    streamed = [p for p in model.parameters() if type(p) is not torch.nn.Parameter]
+    assert streamed
+    with model, torch.no_grad():
+        for parameter in streamed:
+            real = parameter.source.whole(parameter.weight)
+            assert real.t().requires_grad == next(reference.parameters()).t().requires_grad
+            del real
+        for length in (1, 5, 12):
+            hidden = torch.randn(1, length, 64)[:, -1:, :]
+            assert torch.equal(reference.lm_head(hidden), model.lm_head(hidden))
+
+
 def test_two_models_interleave_in_assisted_generation(saved, nothing_left):
     reference, model = load_both(saved("llama"), "llama")
     _, assistant = load_both(saved("qwen2"), "qwen2")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +16,11 @@ from zinfer.coordinator.reader import Reader
 from zinfer.coordinator.trace import Trace
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.fetch import Fetch
-from zinfer.errors import BudgetError, ClosedError
+from zinfer.errors import BudgetError, ClosedError, ZinferError
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
+LONE_DEADLINE = 1.0  # the same where there are no other threads
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
 LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
 
@@ -75,14 +78,17 @@ class Coordinator:
                 self.counters.hits += 1
         if fetch is None:
             fetch = self._make_room_and_start(weight)
-        with self._lock:
-            self._refuse_closed()
-            reader.held = fetch
-            self._extend(reader)
         try:
+            with self._lock:
+                self._refuse_closed()
+                reader.held = fetch
+                self._extend(reader)
             tensor = self._wait(fetch)
-        except BaseException:
-            reader.held = None  # so that the next use reads anew instead of meeting the old failure
+        except BaseException as error:
+            # Whoever keeps the error (a notebook keeps the last one) must not keep the region with it.
+            traceback.clear_frames(error.__traceback__)
+            self._give_up(reader, fetch, isinstance(error, ZinferError))
+            fetch = None
             raise
         if weight.wants_residence:
             self._settle(weight, tensor, reader)
@@ -130,6 +136,13 @@ class Coordinator:
         if self._closed:
             raise ClosedError("this model was closed; call zinfer.run again to use it")
 
+    def _give_up(self, reader: Reader, fetch: Fetch, failed: bool) -> None:
+        """Drop what `reader` was reading, so that the next use reads anew instead of meeting an old failure."""
+        with self._lock:
+            reader.forget()
+            if failed and self._current(fetch.weight) is fetch:
+                fetch.weight.fetch = None
+
     def _current(self, weight: Weight) -> Fetch | None:
         """The read that another reader, or an earlier prediction, already has for `weight`."""
         return weight.fetch() if weight.fetch is not None else None
@@ -153,14 +166,17 @@ class Coordinator:
                 f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
                 f"{window.capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - window.capacity} bytes"
             )
-        deadline = time.monotonic() + ROOM_DEADLINE
+        alone = len(self._readers) == 1
+        deadline = time.monotonic() + (LONE_DEADLINE if alone else ROOM_DEADLINE)
         while True:
             with self._lock:
                 self._refuse_closed()
                 fetch = self._current(weight) or self.device.start(weight, urgent=True)
                 dropped = fetch is None and self._drop_one(weight)
             if fetch is None and not dropped:
-                # Only tensors that operators or callers hold are left; other threads' will come back.
+                # Only tensors that operators or callers hold are left: other threads' will come back, and
+                # those that nobody can reach any more sit in reference cycles.
+                gc.collect()
                 fetch = self.device.start(weight, urgent=True, timeout=0.1)
             if fetch is not None:
                 return fetch

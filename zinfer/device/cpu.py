@@ -12,7 +12,7 @@ import torch
 from zinfer.aio import Engine, File
 from zinfer.device.fetch import Fetch
 from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
-from zinfer.pinned import Pool
+from zinfer.pinned import Pool, Region
 from zinfer.weights.layout import PAGE, VECTOR, Layout, lay_out
 from zinfer.weights.lowering import Placed, rows_of
 from zinfer.weights.symbolic import evaluate
@@ -45,20 +45,34 @@ class CpuDevice:
         self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce_slot: int
     ) -> None:
         self.engine = Engine("auto", depth=DEPTH, block_bytes=BLOCK_BYTES, bounce_slot_bytes=bounce_slot)
+        self.files: dict[str, File] = {}
+        self.window: Pool | None = None
+        self._resident_pool: Pool | None = None
+        self._resident_block: Region | None = None
+        self._places: dict[Weight, int] = {}
+        try:
+            self._open(paths, residents, window_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int) -> None:
         for backend, reason in self.engine.fallbacks:
             logger.warning("%s is not available (%s); reading through %s", backend, reason, self.engine.backend)
-        self.files = {path: File(path) for path in paths}
+        for path in paths:
+            self.files[path] = File(path)
         buffered = next((file for file in self.files.values() if not file.direct), None)
         if buffered is not None:  # the reason is the filesystem's, the same for the other shards
             logger.warning("%s is read through the page cache: %s", buffered.path, buffered.direct_reason)
-        self.window = Pool(window_bytes, page_lock="off") if window_bytes else None
-        self._places: dict[Weight, int] = {}
         total = 0
         for weight in residents:
             self._places[weight] = total
             total += weight.layout.nbytes
-        self._resident_pool = Pool(total, page_lock="off") if total else None
-        self._resident_block = self._resident_pool.acquire(total) if self._resident_pool else None
+        if window_bytes:
+            self.window = Pool(window_bytes, page_lock="off")
+        if total:
+            self._resident_pool = Pool(total, page_lock="off")
+            self._resident_block = self._resident_pool.acquire(total)
 
     def close(self) -> None:
         """Drain every read and give the memory back as soon as the last tensor on it dies."""
@@ -102,7 +116,7 @@ class CpuDevice:
             at += run.length
         self.engine.read(extents, out, urgent=True).wait()
         self._refuse_changes({run.path for run in placed.runs})
-        return out.to(weight.dtype).requires_grad_(weight.requires_grad)
+        return _flagged(out.to(weight.dtype), weight.requires_grad)
 
     def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
         """Small tensors, read at once into one block of ordinary memory; `allocated` as in lay_out."""
@@ -138,7 +152,7 @@ class CpuDevice:
                 inside = 0 <= value.data_ptr() - address < weight.layout.nbytes
                 if weight.wants_residence and inside:  # a view would hold the window's region for good
                     value = value.clone(memory_format=torch.preserve_format)
-            return value.requires_grad_(weight.requires_grad)
+            return _flagged(value, weight.requires_grad)
 
     def _refuse_changes(self, paths: set[str]) -> None:
         for path in paths:
@@ -147,6 +161,11 @@ class CpuDevice:
                     f"{path}: the file was altered while it was streamed; results after this point could be "
                     "wrong. Restore it, then call zinfer.run again"
                 )
+
+
+def _flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """`value` as a leaf with that flag. Detached first: of a view, views (weight.t()) ask their common base."""
+    return value.detach().requires_grad_(requires_grad)
 
 
 def _view(memory: Any, start: int, placed: Placed) -> torch.Tensor:
