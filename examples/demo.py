@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     say("2. What the drive gives now: plain direct reads into huge pages")
     before = measure_read_rate(shards, 2.0)
-    print(f"   {before.bytes_per_second / 1e9:.2f} GB/s{'' if before.direct else ' (through the page cache)'}")
+    print(
+        f"   {before.bytes_per_second / 1e9:.2f} GB/s{'' if before.direct else ' (through the page cache)'}"
+    )
 
     say(f"3. zinfer run, {options.budget} of memory")
     summary = stream(checkpoint, options.budget, options.new_tokens)
@@ -112,7 +114,9 @@ def show(summary: dict, drive: float) -> None:
     print(f"   peak memory  {report['process_peak_bytes'] / 2**30:.2f} GiB of the whole process")
     if report["read_rate"] is not None:
         share = report["read_rate"] / drive
-        print(f"   drive        {report['read_rate'] / 1e9:.2f} GB/s while decoding, {share:.0%} of plain reads")
+        print(
+            f"   drive        {report['read_rate'] / 1e9:.2f} GB/s while decoding, {share:.0%} of plain reads"
+        )
         print(f"   time         {report['sweep_seconds']:.2f} s a token")
 
 

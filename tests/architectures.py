@@ -63,12 +63,19 @@ CAUSAL: dict[str, tuple[type, object]] = {
     "gptj": (t.GPTJForCausalLM, t.GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_GPT)),
     "gpt_neox": (
         t.GPTNeoXForCausalLM,
-        t.GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **_GPT),
+        t.GPTNeoXConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **_GPT
+        ),
     ),
     "opt": (
         t.OPTForCausalLM,
         t.OPTConfig(
-            hidden_size=64, num_hidden_layers=2, ffn_dim=128, num_attention_heads=4, word_embed_proj_dim=64, **_GPT
+            hidden_size=64,
+            num_hidden_layers=2,
+            ffn_dim=128,
+            num_attention_heads=4,
+            word_embed_proj_dim=64,
+            **_GPT,
         ),
     ),
     "bloom": (t.BloomForCausalLM, t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **_GPT)),

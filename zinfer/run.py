@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +11,22 @@ import torch
 from torch import nn
 
 from zinfer import store
-from zinfer.errors import CheckpointError, OptionError
+from zinfer.attach import attach
+from zinfer.errors import OptionError
+from zinfer.locate import bring_to_drive, local_folder
 from zinfer.plan.memory import cpu_ceiling
-from zinfer.runtime import Runtime, attach
+from zinfer.runtime import Runtime
 from zinfer.streaming import check_offload, stream
-from zinfer.weights.checkpoint import find_shards, open_checkpoint
-from zinfer.weights.loading import HUB_KEYWORDS, load_config, model_class, parameter_slots, symbolic_model
+from zinfer.weights.checkpoint import open_checkpoint
+from zinfer.weights.layout import VECTOR
+from zinfer.weights.loading import (
+    check_config,
+    load_config,
+    model_class,
+    parameter_slots,
+    symbolic_model,
+)
+from zinfer.weights.safetensors_header import TensorEntry
 from zinfer.weights.symbolic import SymbolicTensor
 
 # from_pretrained keywords that decide what zinfer decides, or that it would silently ignore.
@@ -39,9 +48,16 @@ REFUSED = {
     "weights_only": ".bin files are always read with weights_only",
     "ignore_mismatched_sizes": "zinfer never invents weights",
     "output_loading_info": "a checkpoint that does not match is an error",
+    "adapter_kwargs": "adapters are not loaded; merge them into the checkpoint",
+    "adapter_name": "adapters are not loaded; merge them into the checkpoint",
+    "tp_size": "zinfer runs on one device",
+    "device_mesh": "zinfer runs on one device",
+    "tqdm_class": "use progress=",
+    "mirror": "transformers ignores it; set HF_ENDPOINT",
+    "from_tf": "only safetensors and .bin checkpoints are supported",
+    "from_flax": "only safetensors and .bin checkpoints are supported",
 }
 MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "use_kernels")
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"]
 
 
 def run(
@@ -84,15 +100,24 @@ def run(
     for name in options:
         if name in REFUSED:
             raise OptionError(f"{name} has no effect in zinfer.run: {REFUSED[name]}")
+        if name.startswith("_"):
+            raise OptionError(f"{name} is internal to transformers; leave it out")
     show = sys.stderr.isatty() if progress is None else progress
-    path = None if nvme_path is None else os.fspath(nvme_path)
-    if isinstance(model, nn.Module):
-        return _run_module(model, offload, path, dtype, ceiling, show, options)
-    return _run_checkpoint(os.fspath(model), offload, path, dtype, ceiling, show, options)
+    path = None if nvme_path is None else _path("nvme_path", nvme_path)
+    with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it
+        if isinstance(model, nn.Module):
+            return _run_module(model, offload, path, dtype, ceiling, show, options)
+        return _run_checkpoint(_path("model", model), offload, path, dtype, ceiling, show, options)
 
 
 def _run_checkpoint(
-    name: str, offload: str, nvme_path: str | None, dtype: Any, ceiling: int | None, show: bool, options: dict[str, Any]
+    name: str,
+    offload: str,
+    nvme_path: str | None,
+    dtype: Any,
+    ceiling: int | None,
+    show: bool,
+    options: dict[str, Any],
 ) -> Any:
     subfolder, variant = options.pop("subfolder", ""), options.pop("variant", None)
     trust = bool(options.get("trust_remote_code"))
@@ -100,9 +125,10 @@ def _run_checkpoint(
     folder = local_folder(name, options, subfolder, variant)
     model_options = {key: options.pop(key) for key in MODEL_KEYWORDS if key in options}
     config, unused = (given_config, options) if given_config is not None else load_config(folder, options)
+    check_config(config, folder)
     unused.pop("trust_remote_code", None)
     cls = model_class(config, folder, trust)
-    where = _bring_to_drive(folder, variant, nvme_path, offload, show)
+    where = bring_to_drive(folder, variant, nvme_path, offload, show)
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
     streaming = stream(model, offload=offload, ceiling=ceiling, progress=show)
@@ -127,89 +153,71 @@ def _run_module(
     if nvme_path is None:
         raise OptionError("a live module's weights are written to the drive once: pass nvme_path=")
     if hasattr(module, "zinfer"):
-        raise OptionError("this module already streams; close() it, or load it again")
+        raise OptionError("this module streams already, or did until close(); load it again")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise OptionError(
+            "a scripted module keeps its weights out of Python's reach; pass the module it came from"
+        )
     entry, stored = store.save_module(module, nvme_path, progress=show)
     checkpoint = open_checkpoint(entry)
-    originals = [(owner, attr, tensor) for owner, attr, _, tensor, is_param in parameter_slots(module) if is_param]
-    symbolic: dict[int, SymbolicTensor] = {}
+    originals: list[tuple[dict[str, Any], str, Any]] = [
+        (owner._parameters, attribute, tensor)
+        for owner, attribute, _, tensor, is_parameter in parameter_slots(module)
+        if is_parameter
+    ]
+    symbolic: dict[int, Any] = {}
     try:
         for owner, attribute, full_name, tensor, is_parameter in list(parameter_slots(module)):
             if is_parameter:
                 if id(tensor) not in symbolic:
-                    stand_in = SymbolicTensor.of(checkpoint.tensors[stored[full_name]])
-                    symbolic[id(tensor)] = stand_in.requires_grad_(tensor.requires_grad)
-                owner._parameters[attribute] = symbolic[id(tensor)]  # type: ignore[assignment]
+                    symbolic[id(tensor)] = _stand_in(tensor, checkpoint.tensors[stored[full_name]])
+                owner._parameters[attribute] = symbolic[id(tensor)]
         streaming = stream(module, offload=offload, ceiling=ceiling, progress=show, allocated=True)
-    except BaseException:
-        for owner, attribute, tensor in originals:
-            owner._parameters[attribute] = tensor  # type: ignore[assignment]
+        try:
+            attach(module, Runtime(module, streaming, entry, offload, checkpoint.nbytes))
+        except BaseException:
+            streaming.coordinator.close()
+            raise
+    except BaseException:  # the module works on with its old weights
+        for parameters, attribute, tensor in originals:
+            parameters[attribute] = tensor
         raise
-    written = sum(entry_.length for entry_ in checkpoint.tensors.values())
-    return attach(module.eval(), Runtime(module, streaming, entry, offload, written))
+    return module.eval()
+
+
+def _stand_in(tensor: torch.Tensor, entry: TensorEntry) -> SymbolicTensor:
+    """The live parameter `tensor`, to be read from `entry`: same strides, same address modulo a vector."""
+    stand_in: Any = SymbolicTensor.of(entry, tensor.data_ptr() % VECTOR if tensor.numel() else None)
+    if not tensor.is_contiguous():
+        order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim])
+        back = sorted(range(tensor.dim()), key=order.__getitem__)
+        stand_in = stand_in.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+    return stand_in.requires_grad_(tensor.requires_grad)
+
+
+def _path(option: str, value: Any) -> str:
+    """`value` as text. Raises OptionError for what is no path."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise OptionError(f"{option}={value!r} is not a path (or hub id)")
+    return path
 
 
 def _check_device(device: str | torch.device | None) -> None:
     try:
         kind = "cpu" if device is None else torch.device(device).type
-    except RuntimeError as error:
-        raise OptionError(f"device={device!r}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if kind != "cpu":
         raise OptionError(f"device={device!r}: this version computes on the CPU; leave device out")
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
+    if isinstance(dtype, str) and dtype == "auto":
         return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype):
-        raise OptionError(f"dtype={dtype!r} is not a torch dtype; write for example 'bfloat16' or 'auto'")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(
+            f"dtype={dtype!r} is no floating-point dtype of torch; write for example 'bfloat16' or 'auto'"
+        )
     return found
-
-
-def local_folder(name: str, options: dict[str, Any], subfolder: str = "", variant: str | None = None) -> str:
-    """The local folder of `name`; downloads it into the hub's cache when it is a hub id.
-
-    Takes the HUB_KEYWORDS out of `options`. Raises CheckpointError, and OptionError for one without effect.
-    """
-    hub = {key: options.pop(key) for key in HUB_KEYWORDS if key in options}
-    if os.path.isdir(name):
-        if hub:
-            raise OptionError(f"{sorted(hub)} has no effect: {name} is a local folder")
-        return os.path.join(name, subfolder) if subfolder else name
-    if os.path.exists(name):
-        raise CheckpointError(f"{name}: not a folder; give the folder that holds config.json and the shards")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise CheckpointError(f"{name}: no such folder")
-    root = _download(name, hub, [*HUB_FILES, "*.safetensors"])
-    folder = os.path.join(root, subfolder) if subfolder else root
-    if find_shards(folder, variant) is None:
-        _download(name, hub, [*HUB_FILES, "pytorch_model*.bin"])
-    return folder
-
-
-def _download(name: str, hub: dict[str, Any], patterns: list[str]) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(name, allow_patterns=patterns, **hub)
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: neither a local folder nor available from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); check the name, the token, or download it first"
-        ) from error
-
-
-def _bring_to_drive(folder: str, variant: str | None, nvme_path: str | None, offload: str, show: bool) -> str:
-    """The folder to stream from: `folder`, or its copy or conversion under `nvme_path`."""
-    if find_shards(folder, variant) is None:
-        if not any(name.startswith("pytorch_model") and name.endswith(".bin") for name in os.listdir(folder)):
-            raise CheckpointError(f"{folder}: no model.safetensors, no index and no pytorch_model.bin in it")
-        if nvme_path is None:
-            raise OptionError(f"{folder} holds .bin files, which are converted once: pass nvme_path=")
-        return store.convert_bin(folder, nvme_path, variant=variant, progress=show)
-    if nvme_path is None:
-        return folder
-    if offload in ("cpu", "none"):
-        raise OptionError(f"nvme_path has no effect with offload={offload!r}; leave it out")
-    return store.copy_checkpoint(folder, nvme_path, variant=variant, progress=show)

@@ -8,10 +8,8 @@ import time
 from collections import deque
 from typing import Any
 
-import torch
 from torch import nn
 
-from zinfer.errors import OptionError
 from zinfer.plan.memory import process_peak
 from zinfer.report import Report
 from zinfer.streaming import Streaming
@@ -26,7 +24,9 @@ class Runtime:
     first of them, so sampling and text output count as part of a token's time.
     """
 
-    def __init__(self, model: nn.Module, streaming: Streaming, source: str, offload: str, bytes_written: int) -> None:
+    def __init__(
+        self, model: nn.Module, streaming: Streaming, source: str, offload: str, bytes_written: int
+    ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
         self._source = source
@@ -35,8 +35,8 @@ class Runtime:
         self._marks: deque[tuple[float, int]] = deque(maxlen=SWEEPS_REMEMBERED)
         self._first_sweep: float | None = None
         self._sweeps = 0
-        self._hook = model.register_forward_pre_hook(self._mark)
-        self._done_hook = model.register_forward_hook(self._finish, always_call=False)
+        model.register_forward_pre_hook(self._mark)
+        model.register_forward_hook(self._finish)
 
     def report(self) -> Report:
         """What happened so far."""
@@ -108,10 +108,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
-        self._hook.remove()
-        self._done_hook.remove()
         self._streaming.coordinator.close()
-        self._streaming.restore()
+        self._streaming.install()
         for weight in self._streaming.weights:
             weight.resident = None
 
@@ -119,6 +117,10 @@ class Runtime:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._streaming.coordinator.closed
+
+    def share(self, memo: dict[int, Any]) -> None:
+        """Prepare `memo` so that a deep copy of the model streams the same weights, the resident ones included."""
+        self._streaming.share(memo)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         return self  # a copied model streams through the same runtime
@@ -128,6 +130,7 @@ class Runtime:
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
     def _mark(self, *_: Any) -> None:
+        self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
         self._sweeps += 1
         self._marks.append((time.perf_counter(), self.bytes_read))
 
@@ -142,46 +145,3 @@ class Runtime:
         if buffered:
             notes.append(f"O_DIRECT not used: {buffered[0].direct_reason}")
         return tuple(notes)
-
-
-def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Give `model` its handle as `.zinfer` and make it a context manager, without touching its class.
-
-    The instance gets a subclass of its class with the same name (as FSDP2 does); it adds only
-    `__enter__`, `__exit__`, a `__call__` without autograd (streamed weights do not train, and a graph would
-    hold every activation) and a check in `_apply` that explains `.to()`.
-    """
-    base = type(model)
-
-    def enter(self: nn.Module) -> nn.Module:
-        return self
-
-    def leave(self: nn.Module, *_: Any) -> None:
-        self.zinfer.close()  # type: ignore[operator, union-attr]
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return base.__call__(self, *args, **kwargs)
-
-    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        _refuse_moves(self, fn)
-        return self
-
-    extra = {"__enter__": enter, "__exit__": leave, "__module__": base.__module__, "__doc__": base.__doc__}
-    if runtime.offload != "none":
-        extra |= {"__call__": call, "_apply": apply}
-    model.__class__ = type(base.__name__, (base,), extra)
-    model.zinfer = runtime  # type: ignore[assignment]
-    return model
-
-
-def _refuse_moves(model: nn.Module, fn: Any) -> None:
-    """Raise unless `fn`, what .to() and friends apply to each tensor, changes neither device nor dtype."""
-    for dtype in {tensor.dtype for tensor in model.parameters()}:
-        probe = torch.empty(0, dtype=dtype)
-        moved = fn(probe)
-        if moved.device != probe.device or moved.dtype != probe.dtype:
-            raise OptionError(
-                f"this model streams its weights, so .to() cannot turn them into {moved.device}/{moved.dtype}: "
-                "pass dtype= (and max_memory=) to zinfer.run instead, or load with offload='none'"
-            )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import nn
 from tqdm import tqdm
 
 from zinfer.coordinator.coordinator import Coordinator
-from zinfer.device.cpu import CpuDevice, bounce_slot_bytes, DEPTH
+from zinfer.device.cpu import DEPTH, CpuDevice, bounce_slot_bytes
 from zinfer.errors import BudgetError, OptionError
 from zinfer.plan.memory import free_memory, total_memory
 from zinfer.plan.placement import Footprint, Placement, all_resident, place, smallest
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
-from zinfer.weights.lowering import Placed, Provenance, provenance_of
+from zinfer.weights.lowering import Placed, Provenance, Replayed, provenance_of
 from zinfer.weights.parameter import StreamedParameter
 from zinfer.weights.symbolic import SymbolicTensor, evaluate
 from zinfer.weights.weight import Weight
@@ -39,6 +40,12 @@ class Slot:
     name: str
     is_parameter: bool
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is there."""
+        table = self.owner._parameters if self.is_parameter else self.owner._buffers
+        return table[self.attribute]  # type: ignore[return-value]
+
     def fill(self, tensor: torch.Tensor) -> None:
         """Put `tensor` there."""
         table = self.owner._parameters if self.is_parameter else self.owner._buffers
@@ -56,10 +63,35 @@ class Held:
     def stays(self, threshold: int) -> bool:
         """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
 
-        Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once.
+        Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once;
+        so do the weights of an LSTM or GRU, which is one operator over all its layers.
         """
         nbytes = self.tensor.numel() * self.tensor.dtype.itemsize
-        return nbytes < threshold or self.tensor.dim() < 2 or not self.slots[0].is_parameter
+        recurrent = any(isinstance(slot.owner, nn.RNNBase) for slot in self.slots)
+        return nbytes < threshold or self.tensor.dim() < 2 or recurrent or not self.slots[0].is_parameter
+
+
+class Parts:
+    """What a budget of `budget` bytes makes of the tensors `held`: which are small and kept, which are weights."""
+
+    def __init__(self, held: Sequence[Held], budget: int, allocated: bool) -> None:
+        threshold = min(SMALL_BYTES, budget // SMALL_SHARE)
+        self.budget = budget
+        self.allocated = allocated
+        self.small = [item for item in held if item.stays(threshold)]
+        self.large = [item for item in held if not item.stays(threshold)]
+        self.weights = [_weight(item, allocated) for item in self.large]
+        self.footprints = [_footprint(weight) for weight in self.weights]
+        self.slot = bounce_slot_bytes(budget)
+        self.small_bytes = _small_bytes(self.small)
+        self.fixed = self.small_bytes + DEPTH * self.slot
+
+    def needed(self, offload: str) -> int:
+        """The fewest bytes that hold what this division keeps in memory at once."""
+        if not self.footprints:
+            return self.fixed
+        least = all_resident if offload in ("cpu", "none") else smallest
+        return self.fixed + least(self.footprints)
 
 
 @dataclass(frozen=True)
@@ -81,7 +113,19 @@ class Streaming:
     coordinator: Coordinator
     weights: list[Weight]
     account: Account
-    restore: Callable[[], None]  # put the streamed parameters back in place of the residents
+    slots: list[list[Slot]]  # of each weight
+    parameters: list[StreamedParameter]  # of each weight
+
+    def install(self) -> None:
+        """Put the streamed parameters in their slots, in place of what is there."""
+        for places, parameter in zip(self.slots, self.parameters, strict=True):
+            for slot in places:
+                slot.fill(parameter)
+
+    def share(self, memo: dict[int, Any]) -> None:
+        """Make copy.deepcopy(..., memo) put a streamed parameter where a resident weight is."""
+        for places, parameter in zip(self.slots, self.parameters, strict=True):
+            memo[id(places[0].tensor)] = copy.deepcopy(parameter, memo)
 
 
 def gather(model: nn.Module) -> list[Held]:
@@ -101,35 +145,34 @@ def stream(
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
     `offload` as for zinfer.run. `ceiling`: bytes zinfer may allocate, None for what is free.
-    `allocated`: the model was live, its tensors not mapped from these files (see layout.py). Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
+    `allocated`: the model was live, its tensors not mapped from these files (see layout.py).
+    Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
     budget = _budget(ceiling)
-    threshold = min(SMALL_BYTES, budget // SMALL_SHARE)
     held = gather(model)
-    small = [item for item in held if item.stays(threshold)]
-    large = [item for item in held if not item.stays(threshold)]
-    weights = [_weight(item, allocated) for item in large]
-    footprints = [_footprint(weight) for weight in weights]
-    slot = bounce_slot_bytes(budget)
-    fixed = _small_bytes(small) + DEPTH * slot
-    placement = _place(footprints, budget, fixed, offload)
+    parts = Parts(held, budget, allocated)
+    small, large, weights = parts.small, parts.large, parts.weights
+    placement = _place(parts, held, offload)
     for index in placement.residents:
         weights[index].wants_residence = True
     residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, residents, placement.window_bytes, slot)
+    device = CpuDevice(paths, residents, placement.window_bytes, parts.slot)
     try:
         _read_small(device, small, allocated)
         slots = [item.slots for item in large]
         coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights))
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
-
-        def install() -> None:
-            for places, parameter in zip(slots, parameters, strict=True):
-                for slot in places:
-                    slot.fill(parameter)
-
-        install()
+        account = Account(
+            ceiling=budget,
+            residents=placement.resident_bytes,
+            window=placement.window_bytes,
+            conversions=placement.transient_bytes,
+            small=parts.small_bytes,
+            bounce=DEPTH * parts.slot,
+        )
+        streaming = Streaming(coordinator, weights, account, slots, parameters)
+        streaming.install()
         if offload in ("cpu", "none"):
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
@@ -137,15 +180,7 @@ def stream(
     except BaseException:
         device.close()
         raise
-    account = Account(
-        ceiling=budget,
-        residents=placement.resident_bytes,
-        window=placement.window_bytes,
-        conversions=placement.transient_bytes,
-        small=_small_bytes(small),
-        bounce=DEPTH * slot,
-    )
-    return Streaming(coordinator, weights, account, install)
+    return streaming
 
 
 def default_budget() -> int:
@@ -174,7 +209,9 @@ def _budget(ceiling: int | None) -> int:
 
 def _weight(item: Held, allocated: bool) -> Weight:
     tensor = item.tensor
-    rows_only = all(isinstance(slot.owner, nn.Embedding) for slot in item.slots) and isinstance(item.provenance, Placed)
+    rows_only = all(isinstance(slot.owner, nn.Embedding) for slot in item.slots) and isinstance(
+        item.provenance, Placed
+    )
     return Weight(
         item.slots[0].name,
         tensor.shape,
@@ -198,11 +235,12 @@ def _small_bytes(small: Sequence[Held]) -> int:
     return lay_out([p for item in small for p in placements_of(item.provenance)], unit=VECTOR).nbytes
 
 
-def _place(footprints: Sequence[Footprint], budget: int, fixed: int, offload: str) -> Placement:
-    if not footprints:
-        return Placement(frozenset(), 0, 0, 0)
-    needed = fixed + (all_resident(footprints) if offload in ("cpu", "none") else smallest(footprints))
+def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
+    budget, needed = parts.budget, parts.needed(offload)
     if needed > budget:
+        # A larger budget keeps more tensors and has larger slots: go up until one fits what it keeps.
+        while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
+            needed = more
         what = (
             f"offload={offload!r} keeps the whole model in memory"
             if offload in ("cpu", "none")
@@ -211,10 +249,17 @@ def _place(footprints: Sequence[Footprint], budget: int, fixed: int, offload: st
         remedy = "; offload='nvme' streams what does not fit" if offload in ("cpu", "none") else ""
         raise BudgetError(
             f"the budget is {budget} bytes, but {what}: the smallest max_memory['cpu'] that works is "
-            f"{needed} bytes{remedy}",
+            f"{needed} bytes{remedy}{_shortage(needed)}",
             needed,
         )
-    return place(footprints, budget - fixed)
+    return (
+        place(parts.footprints, budget - parts.fixed) if parts.footprints else Placement(frozenset(), 0, 0, 0)
+    )
+
+
+def _shortage(needed: int) -> str:
+    spare = default_budget()
+    return f" (but only {spare} bytes are free now: end other programs first)" if needed > spare else ""
 
 
 def _order(weights: Sequence[Weight], model: nn.Module) -> list[Weight]:
@@ -237,6 +282,11 @@ def _settler(
     return settle
 
 
+def _replay(provenance: Replayed, tensors: Iterator[torch.Tensor], device: torch.device) -> torch.Tensor:
+    leaves = {id(node): next(tensors) for node, _ in provenance.leaves}
+    return evaluate(provenance.expression, lambda node: leaves.get(id(node)), device)
+
+
 def _read_small(device: CpuDevice, small: Sequence[Held], allocated: bool) -> None:
     placements = [placed for item in small for placed in placements_of(item.provenance)]
     tensors = iter(device.read_together(placements, allocated=allocated))
@@ -244,8 +294,7 @@ def _read_small(device: CpuDevice, small: Sequence[Held], allocated: bool) -> No
         if isinstance(item.provenance, Placed):
             value = next(tensors)
         else:
-            leaves: dict[int, Any] = {id(node): next(tensors) for node, _ in item.provenance.leaves}
-            value = evaluate(item.provenance.expression, lambda node: leaves.get(id(node)), device.torch_device)
+            value = _replay(item.provenance, tensors, device.torch_device)
         if item.slots[0].is_parameter:
             value = nn.Parameter(value, requires_grad=item.tensor.requires_grad)
         for slot in item.slots:

@@ -80,7 +80,6 @@ Engine::Engine(const EngineOptions& options)
 Engine::~Engine() {
   cancel_all();
   close();
-  ::close(event_fd_);
 }
 
 void Engine::validate(const ReadExtent& extent) const {
@@ -139,7 +138,11 @@ void Engine::cancel(Request& request) {
 
 void Engine::cancel_all() { reactor_->cancel_all(); }
 
-void Engine::close() { reactor_->stop(); }
+void Engine::close() {
+  reactor_->stop();  // joined: nobody writes to the descriptor any more
+  const int descriptor = event_fd_.exchange(-1);
+  if (descriptor >= 0) ::close(descriptor);
+}
 
 std::uint64_t Engine::bounce_bytes() const { return std::uint64_t{depth_} * slot_bytes_; }
 

@@ -13,6 +13,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -67,7 +68,7 @@ class Engine {
   std::uint64_t block_bytes() const { return block_bytes_; }
   unsigned depth() const { return depth_; }
   std::uint64_t bounce_bytes() const;
-  int event_fd() const { return event_fd_; }  // counts completed requests; closed with the Engine
+  int event_fd() const { return event_fd_; }  // counts completed requests; -1 once closed
   Stats stats() const { return reactor_->stats(); }
   std::string check_integrity() const { return reactor_->check_integrity(); }
 
@@ -84,7 +85,7 @@ class Engine {
   const std::uint64_t slot_bytes_;
   std::string backend_name_;
   Fallbacks fallbacks_;
-  int event_fd_ = -1;
+  std::atomic<int> event_fd_{-1};
   std::unique_ptr<Reactor> reactor_;
 };
 

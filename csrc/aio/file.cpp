@@ -68,6 +68,7 @@ Descriptor::Descriptor(const std::string& path, DirectMode mode) {
     refuse_unless_regular(path, now.st_mode);
     facts_.size = static_cast<std::uint64_t>(now.st_size);
     facts_.identity = identity_of(now);
+    facts_.links = now.st_nlink;
     if (facts_.direct) settle_direct();
     if (mode == DirectMode::on && !facts_.direct)
       throw_open(path, EINVAL, facts_.direct_reason, "use direct=\"auto\" to fall back to buffered reads");
@@ -124,12 +125,16 @@ std::string Descriptor::try_direct_read() const {
   return "";
 }
 
-Identity Descriptor::identity_now() const {
+bool Descriptor::changed() const {
   struct stat now {};
   if (::fstat(fd_, &now) != 0)
     throw DriveFailure(facts_.path + ": fstat failed: " + describe_errno(errno) + "; check the drive", facts_.path, 0,
                        0, errno, "fstat");
-  return identity_of(now);
+  const Identity& then = facts_.identity;
+  const Identity current = identity_of(now);
+  static_assert(std::tuple_size<Identity>::value == 5);  // ctime is the last
+  if (!std::equal(then.begin(), then.end() - 1, current.begin())) return true;
+  return current.back() != then.back() && now.st_nlink == facts_.links;
 }
 
 std::uint64_t Descriptor::size_now() const noexcept {
@@ -146,7 +151,7 @@ std::shared_ptr<const Descriptor> File::share() const {
   return descriptor_;
 }
 
-bool File::changed() const { return share()->identity_now() != facts_.identity; }
+bool File::changed() const { return share()->changed(); }
 
 void File::close() {
   std::shared_ptr<const Descriptor> last;  // the descriptor is closed outside the lock

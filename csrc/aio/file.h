@@ -28,6 +28,7 @@ struct FileFacts {
   std::uint64_t alignment = 1;  // bytes; 1 when buffered
   std::uint64_t size = 0;       // bytes
   Identity identity{};
+  std::uint64_t links = 1;  // names it has
 };
 
 // Owns one file descriptor; immutable, any thread may use it. File and the requests that read from it
@@ -42,8 +43,9 @@ class Descriptor {
 
   int fd() const { return fd_; }
   const FileFacts& facts() const { return facts_; }
-  // Throws DriveFailure (backend "fstat").
-  Identity identity_now() const;
+  // Whether its contents may be others than at open: size or mtime differ, or ctime does and no link that
+  // came or went (the file was deleted, replaced by a rename) accounts for it. Throws DriveFailure ("fstat").
+  bool changed() const;
   // Bytes, now; the largest number when it cannot be told.
   std::uint64_t size_now() const noexcept;
 
@@ -64,7 +66,7 @@ class File {
   const FileFacts& facts() const { return facts_; }  // valid after close() too
   // Throws ClosedFailure after close().
   std::shared_ptr<const Descriptor> share() const;
-  // Whether size, mtime or ctime differ from those at open. Throws ClosedFailure after close().
+  // As Descriptor::changed(). Throws ClosedFailure after close().
   bool changed() const;
   // Reads in flight finish; later ones are refused. Idempotent.
   void close();

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,27 @@ def test_changed_sees_a_write_and_a_truncation(tmp_path):
     os.truncate(path, 5000)
     assert file.changed()
     assert file.size == 10000
+
+
+def test_changed_sees_a_write_whose_mtime_was_set_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 10000)
+    status, file = path.stat(), File(str(path))
+    time.sleep(0.02)  # more than a tick of the kernel's clock
+    path.write_bytes(b"y" * 10000)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.changed()
+
+
+def test_a_file_that_lost_its_name_has_not_changed(tmp_path):
+    for act in (lambda path: path.unlink(), lambda path: (tmp_path / "other").replace(path)):
+        (tmp_path / "other").write_bytes(b"other")
+        path = tmp_path / "file"
+        path.write_bytes(b"x" * 10000)
+        file = File(str(path))
+        time.sleep(0.02)
+        act(path)
+        assert not file.changed()
 
 
 def test_close_closes_the_descriptor_and_is_idempotent(words):

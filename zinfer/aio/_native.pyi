@@ -49,7 +49,11 @@ class File:
         """`(st_dev, st_ino, size, mtime_ns, ctime_ns)` at open."""
 
     def changed(self) -> bool:
-        """Whether size, mtime or ctime differ from those at open. Raises `ClosedError` after `close()`."""
+        """Whether its contents may be others than at open. Raises `ClosedError` after `close()`.
+
+        True when size or mtime differ, or ctime does and no link that came or went accounts for it: a file
+        that was deleted, or replaced by a rename, still reads as it was.
+        """
 
     def close(self) -> None:
         """Refuse later reads (`ClosedError`); reads in flight finish."""
@@ -85,8 +89,8 @@ class Engine:
 
     `backend`: "auto" (io_uring if a trial read works, else threads), "io_uring", "threads", or "faults", the
     scripted backend of the tests. `bounce_slot_bytes`: size of each of `depth` slots, mapped when first
-    needed, for bytes that cannot land in place; a power of two. `faults`: one tuple for each operation in order: `("ok",)`,
-    `("short", bytes)`, `("zero",)`, `("error", errno)`, `("delay", seconds)`,
+    needed, for bytes that cannot land in place; a power of two. `faults`: one tuple for each operation in
+    order: `("ok",)`, `("short", bytes)`, `("zero",)`, `("error", errno)`, `("delay", seconds)`,
     `("hold", later operations to complete first)`.
     Raises `OptionError`.
     """

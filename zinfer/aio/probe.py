@@ -5,6 +5,7 @@ Deliberately not the engine: threads that call preadv with O_DIRECT into huge pa
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -35,7 +36,7 @@ class DriveRate:
 def measure_read_rate(paths: Sequence[str], seconds: float = 1.0) -> DriveRate:
     """Read `paths` front to back, again if they end, for about `seconds`, and tell how fast it went.
 
-    Takes 16 MiB of memory. Files shorter than a block are skipped. Raises DriveError when no path can be
+    Takes 8 MiB of memory. Files shorter than a block are skipped. Raises DriveError when no path can be
     read, or nothing in `paths` is a block long.
     """
     blocks = [
@@ -43,25 +44,35 @@ def measure_read_rate(paths: Sequence[str], seconds: float = 1.0) -> DriveRate:
     ]
     if not blocks:
         raise DriveError(
-            f"{', '.join(paths)}: no file of {BLOCK_BYTES} bytes to measure the drive with", paths[0], 0, BLOCK_BYTES, 0, "probe"
+            f"{', '.join(paths)}: no file of {BLOCK_BYTES} bytes to measure the drive with",
+            paths[0],
+            0,
+            BLOCK_BYTES,
+            0,
+            "probe",
         )
     descriptors, direct = _open_all(sorted({path for path, _ in blocks}))
-    pool = Pool(2 * THREADS * BLOCK_BYTES, page_lock="off")
-    lock, failures, total = threading.Lock(), [], [0]
-    cursor = iter(range(1 << 62))
+    pool = Pool(THREADS * BLOCK_BYTES, page_lock="off")
+    lock, total = threading.Lock(), [0]
+    failures: list[DriveError] = []
+    regions = [region for region in (pool.acquire(BLOCK_BYTES) for _ in range(THREADS)) if region is not None]
+    cursor = itertools.count()
     started = time.perf_counter()
     deadline = started + seconds
 
     def reader() -> None:
-        region = pool.acquire(BLOCK_BYTES)
-        view = memoryview(region)
+        view = memoryview(regions.pop())
         while time.perf_counter() < deadline and not failures:
             with lock:
                 path, offset = blocks[next(cursor) % len(blocks)]
             try:
                 count = os.preadv(descriptors[path], [view], offset)
             except OSError as error:
-                failures.append(DriveError(f"{path}: {error.strerror}", path, offset, BLOCK_BYTES, error.errno or 0, "probe"))
+                failures.append(
+                    DriveError(
+                        f"{path}: {error.strerror}", path, offset, BLOCK_BYTES, error.errno or 0, "probe"
+                    )
+                )
                 return
             with lock:
                 total[0] += count
@@ -93,5 +104,7 @@ def _open_all(paths: Sequence[str]) -> tuple[dict[str, int], bool]:
             try:
                 descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise DriveError(f"{path}: {error.strerror}", path, 0, 0, error.errno or 0, "probe") from error
+                raise DriveError(
+                    f"{path}: {error.strerror}", path, 0, 0, error.errno or 0, "probe"
+                ) from error
     return descriptors, direct

@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     import zinfer
-    from zinfer.run import local_folder
+    from zinfer.locate import local_folder
 
     hub = {} if arguments.revision is None else {"revision": arguments.revision}
     trust = arguments.trust_remote_code

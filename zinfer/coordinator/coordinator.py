@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,13 @@ from zinfer.coordinator.trace import Trace
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.fetch import Fetch
 from zinfer.errors import BudgetError, ClosedError, ZinferError
+from zinfer.pinned import Pool
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
 LONE_DEADLINE = 1.0  # the same where there are no other threads
+POLL = 0.1  # seconds the first in line waits for room before it looks at what else there is to drop
+TURN = 0.001  # seconds between the others' looks whether it is their turn
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
 LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
 
@@ -57,13 +61,16 @@ class Coordinator:
         self._lock = threading.RLock()
         self._local = threading.local()
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._line: deque[object] = (
+            deque()
+        )  # tickets of the threads that wait for room, first come first served
         self._closed = False
 
     def whole(self, weight: Weight) -> torch.Tensor:
         """The tensor of `weight`, read ahead if the trace foresaw it, else read now, ahead of all else."""
         reader = self._reader()
         with self._lock:
-            self._refuse_closed()
+            self.refuse_closed()
             if weight.resident is not None:
                 return weight.resident
             if reader.held is not None and reader.held.weight is weight:
@@ -73,16 +80,19 @@ class Coordinator:
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1
-                fetch = self._current(weight) or self.device.start(weight, urgent=True)
+                fetch = self._current(weight) or (
+                    None if self._line else self.device.start(weight, urgent=True)
+                )
             else:
                 self.counters.hits += 1
         if fetch is None:
             fetch = self._make_room_and_start(weight)
         try:
             with self._lock:
-                self._refuse_closed()
+                self.refuse_closed()
                 reader.held = fetch
-                self._extend(reader)
+                if not self._line:
+                    self._extend(reader)
             tensor = self._wait(fetch)
         except BaseException as error:
             # Whoever keeps the error (a notebook keeps the last one) must not keep the region with it.
@@ -96,7 +106,7 @@ class Coordinator:
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """Rows of a placed weight, read now; nothing else of it is."""
-        self._refuse_closed()
+        self.refuse_closed()
         started = time.perf_counter()
         out = self.device.read_rows(weight, rows)
         with self._lock:
@@ -124,6 +134,11 @@ class Coordinator:
         """Whether close() was called."""
         return self._closed
 
+    def refuse_closed(self) -> None:
+        """Raises ClosedError after close()."""
+        if self._closed:
+            raise ClosedError("this model was closed; call zinfer.run again to use it")
+
     def _reader(self) -> Reader:
         reader: Reader | None = getattr(self._local, "reader", None)
         if reader is None:
@@ -131,10 +146,6 @@ class Coordinator:
             with self._lock:
                 self._readers.add(reader)
         return reader
-
-    def _refuse_closed(self) -> None:
-        if self._closed:
-            raise ClosedError("this model was closed; call zinfer.run again to use it")
 
     def _give_up(self, reader: Reader, fetch: Fetch, failed: bool) -> None:
         """Drop what `reader` was reading, so that the next use reads anew instead of meeting an old failure."""
@@ -166,18 +177,37 @@ class Coordinator:
                 f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
                 f"{window.capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - window.capacity} bytes"
             )
+        ticket = object()
         alone = len(self._readers) == 1
         deadline = time.monotonic() + (LONE_DEADLINE if alone else ROOM_DEADLINE)
+        try:  # before the ticket is in line: a Ctrl-C in between would leave it there for good
+            with self._lock:
+                self._line.append(ticket)
+            return self._wait_in_line(weight, window, ticket, deadline)
+        finally:
+            with self._lock:
+                if ticket in self._line:
+                    self._line.remove(ticket)
+
+    def _wait_in_line(self, weight: Weight, window: Pool, ticket: object, deadline: float) -> Fetch:
+        """Start `weight` as soon as there is room. The first in line takes all that comes free: large weights starve else."""
+        waits = 0
         while True:
             with self._lock:
-                self._refuse_closed()
-                fetch = self._current(weight) or self.device.start(weight, urgent=True)
-                dropped = fetch is None and self._drop_one(weight)
-            if fetch is None and not dropped:
-                # Only tensors that operators or callers hold are left: other threads' will come back, and
-                # those that nobody can reach any more sit in reference cycles.
-                gc.collect()
-                fetch = self.device.start(weight, urgent=True, timeout=0.1)
+                self.refuse_closed()
+                fetch, first = self._current(weight), self._line[0] is ticket
+                if fetch is None and first:
+                    fetch = self.device.start(weight, urgent=True)
+                dropped = fetch is None and first and self._drop_one(weight)
+            if fetch is None and not first:
+                time.sleep(TURN)
+            elif fetch is None and not dropped:
+                # Only tensors that operators or callers hold are left: other threads' come back, and those
+                # that nobody can reach any more sit in reference cycles.
+                fetch = self.device.start(weight, urgent=True, timeout=POLL)
+                waits += 1
+                if fetch is None and waits in (1, 10):
+                    gc.collect()
             if fetch is not None:
                 return fetch
             if time.monotonic() > deadline:

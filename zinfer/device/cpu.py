@@ -58,7 +58,9 @@ class CpuDevice:
 
     def _open(self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int) -> None:
         for backend, reason in self.engine.fallbacks:
-            logger.warning("%s is not available (%s); reading through %s", backend, reason, self.engine.backend)
+            logger.warning(
+                "%s is not available (%s); reading through %s", backend, reason, self.engine.backend
+            )
         for path in paths:
             self.files[path] = File(path)
         buffered = next((file for file in self.files.values() if not file.direct), None)
@@ -95,7 +97,9 @@ class CpuDevice:
             address = block.address + place
         else:
             if self.window is None:
-                raise BudgetError(f"an operator needs all of {weight.name!r}, for which no window was planned")
+                raise BudgetError(
+                    f"an operator needs all of {weight.name!r}, for which no window was planned"
+                )
             memory = self.window.acquire(weight.layout.nbytes, timeout)
             if memory is None:
                 return None
@@ -125,7 +129,9 @@ class CpuDevice:
         self._read(layout, block, block.data_ptr(), urgent=True).wait()
         self._refuse_changes({piece.run.path for piece in layout.pieces})
         with torch.inference_mode(False), torch.no_grad():
-            return [_view(block.numpy(), start, p) for start, p in zip(layout.starts, placements, strict=True)]
+            return [
+                _view(block.numpy(), start, p) for start, p in zip(layout.starts, placements, strict=True)
+            ]
 
     def _read(self, layout: Layout, memory: Any, address: int, urgent: bool) -> Any:
         """Read the pieces of `layout` to `address`, which `memory` owns."""
@@ -173,5 +179,3 @@ def _view(memory: Any, start: int, placed: Placed) -> torch.Tensor:
         return torch.empty(placed.shape, dtype=placed.dtype)
     count = placed.nbytes // placed.dtype.itemsize
     return torch.frombuffer(memory, dtype=placed.dtype, count=count, offset=start).view(placed.shape)
-
-

@@ -27,7 +27,7 @@ def parse_size(size: int | str) -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
     if match and match[2].upper() in _UNITS and (count := int(float(match[1]) * _UNITS[match[2].upper()])):
         return count
     raise OptionError(f"{size!r} is not a memory size; write bytes, or for example '3GiB' or '500MB'")
@@ -57,7 +57,9 @@ def free_memory() -> int:
 
     Page cache that the kernel can drop at once (inactive file pages) counts as free.
     """
-    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroup_limits())]))
+    return max(
+        0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroup_limits())])
+    )
 
 
 def process_peak() -> int:
@@ -73,11 +75,15 @@ def _cgroup_limits() -> list[tuple[int, int]]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mounts, limit_file, usage_file = (
-                [CGROUP_ROOT, CGROUP_ROOT / "unified"], "memory.max", "memory.current"
+                [CGROUP_ROOT, CGROUP_ROOT / "unified"],
+                "memory.max",
+                "memory.current",
             )
         elif "memory" in controllers.split(","):
             mounts, limit_file, usage_file = (
-                [CGROUP_ROOT / "memory"], "memory.limit_in_bytes", "memory.usage_in_bytes"
+                [CGROUP_ROOT / "memory"],
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
             )
         else:
             continue

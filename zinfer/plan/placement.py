@@ -59,9 +59,15 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
     order, by_size = _streamable(weights)
     # A window of full size first; two of the largest weight let one be read while the other computes;
     # one alone still works.
-    for window_for in (lambda largest: max(_wanted_window(room), 2 * largest), lambda largest: 2 * largest, int):
+    for window_for in (
+        lambda largest: max(_wanted_window(room), 2 * largest),
+        lambda largest: 2 * largest,
+        int,
+    ):
         options = []
         for kept in range(len(by_size)):
+            if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
+                continue  # one more of the same size makes the window no smaller, only the spread uneven
             window = window_for(max(converted, weights[by_size[kept]].window))
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
@@ -109,11 +115,12 @@ def _with_largest_kept(
     room: int,
 ) -> Placement | None:
     """Keep the `largest` weights, so that the window only has to hold smaller ones, and fill up evenly."""
-    fixed = sum(weights[i].resident for i in largest)
+    kept = set(largest)
+    fixed = sum(weights[i].resident for i in kept)
     if fixed + window > room:
         return None
-    rest = [i for i in order if i not in set(largest)]
-    chosen = set(largest) | spread([weights[i].resident for i in rest], room - fixed - window, rest)
+    rest = [i for i in order if i not in kept]
+    chosen = kept | spread([weights[i].resident for i in rest], room - fixed - window, rest)
     return Placement(frozenset(chosen), sum(weights[i].resident for i in chosen), window, transient)
 
 

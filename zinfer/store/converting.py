@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import zipfile
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from zinfer.store.entry import Entry, FileRecord
 from zinfer.store.folder import require_space, store_root
 from zinfer.store.safetensors_writer import NamedTensor, shard_names, write_index, write_shard
 from zinfer.store.source import SourceFile, identity_of, readable_name, small_files, source_file
-from zinfer.weights.checkpoint import find_shards, read_json
+from zinfer.weights.checkpoint import find_shards, read_index
 
 logger = logging.getLogger("zinfer")
 
@@ -43,7 +42,7 @@ def convert_bin(folder: str, nvme_path: str, *, variant: str | None = None, prog
     if find_shards(folder, variant) is not None:
         return folder
     index = os.path.join(folder, f"pytorch_model.bin.index{f'.{variant}' if variant else ''}.json")
-    file_of = _read_index(index) if os.path.exists(index) else {}
+    file_of = read_index(index) if os.path.lexists(index) else {}
     single = os.path.join(folder, f"pytorch_model{f'.{variant}' if variant else ''}.bin")
     if not file_of and not os.path.lexists(single):
         raise CheckpointError(
@@ -94,24 +93,6 @@ def _convert(
     except BaseException:
         entry.clear()
         raise
-
-
-def _read_index(index: str) -> dict[str, str]:
-    """Tensor name -> absolute path of its .bin file, every path checked to stay inside the index's folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in it; fetch the file again")
-    for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or PurePosixPath(file).is_absolute()
-            or ".." in PurePosixPath(file).parts
-        ):
-            raise CheckpointError(
-                f"{index}: tensor {name!r} points to {file!r}, which leaves the checkpoint's folder; "
-                "do not trust this checkpoint"
-            )
-    return {name: str(Path(index).parent / file) for name, file in weight_map.items()}
 
 
 def _load(file: SourceFile) -> dict[str, torch.Tensor]:

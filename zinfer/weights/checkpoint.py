@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,8 +33,8 @@ def find_shards(folder: str, variant: str | None = None) -> tuple[str, ...] | No
     An index wins over a single file, as in transformers. Raises CheckpointError for a broken index.
     """
     index = _index_path(folder, variant)
-    if os.path.exists(index):
-        return tuple(sorted(set(_read_index(index).values())))
+    if os.path.lexists(index):
+        return tuple(sorted(set(read_index(index).values())))
     single = os.path.join(folder, f"model.{variant}.safetensors" if variant else "model.safetensors")
     return (single,) if os.path.lexists(single) else None
 
@@ -49,7 +50,7 @@ def open_checkpoint(folder: str, variant: str | None = None) -> Checkpoint:
     headers = {shard: read_header(shard) for shard in shards}
     tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     index = _index_path(folder, variant)
-    for name, shard in _read_index(index).items() if os.path.exists(index) else ():
+    for name, shard in read_index(index).items() if os.path.lexists(index) else ():
         if name not in headers[shard]:
             raise CheckpointError(
                 f"{shard}: the index places tensor {name!r} in this shard, which lacks it; "
@@ -63,17 +64,18 @@ def _index_path(folder: str, variant: str | None) -> str:
     return os.path.join(folder, f"model.safetensors.index{f'.{variant}' if variant else ''}.json")
 
 
-def _read_index(index: str) -> dict[str, str]:
-    """Tensor name -> absolute shard path, every path checked to stay inside the index's folder."""
+def read_index(index: str) -> dict[str, str]:
+    """Tensor name -> shard path, every path checked to stay inside the index's folder. Raises CheckpointError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it; fetch the file again")
     paths = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        usable = isinstance(file, str) and file and "\0" not in file
+        if not usable or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(
-                f"{index}: tensor {name!r} points to {file!r}, which leaves the checkpoint's folder; "
-                "do not trust this checkpoint"
+                f"{index}: tensor {name!r} points to {file!r}, which leaves the checkpoint's folder "
+                "or is no file name; do not trust this checkpoint"
             )
         paths[name] = str(Path(index).parent / file)
     return paths
@@ -82,12 +84,16 @@ def _read_index(index: str) -> dict[str, str]:
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError when it is absent, unreadable or not an object."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for a writer
+            raise CheckpointError(f"{path}: not a regular file; fetch it again")
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
+    except CheckpointError:
+        raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; fetch it again") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return value

@@ -7,8 +7,8 @@ tensor is placed at its file offset's own residue modulo PAGE and can be read, a
 
 Exactness asks for one thing more. Single-precision BLAS kernels choose their summation order by the
 operand's address modulo a vector, so a weight has to stand where the model in memory has it: at the
-file's own residue if that maps the file (one run, untouched), at a multiple of VECTOR if it was
-allocated (fused from several runs, or a live module's).
+file's own residue if that maps the file, at a multiple of VECTOR if it was
+allocated (fused from several runs), where the live tensor stood if it came from a live module.
 """
 
 from __future__ import annotations
@@ -64,11 +64,15 @@ def lay_out(placements: Sequence[Placed], *, allocated: bool = False, unit: int 
 
 
 def _residue(placed: Placed, allocated: bool) -> int:
-    """Where in its page the tensor starts: its file's residue if it may keep that, else 0 (then copies shift it)."""
+    """Where in its page the tensor starts: its file's residue if it may keep that, else where copies shift it."""
     first = placed.runs[0].offset if placed.runs else 0
-    moved = allocated or len(placed.runs) > 1
+    wanted = first
+    if placed.residue is not None:
+        wanted = placed.residue
+    elif allocated or not placed.mapped:
+        wanted = 0
     exact = placed.dtype.itemsize >= 4 and placed.dtype.is_floating_point
-    return 0 if moved and exact and first % VECTOR else first % PAGE
+    return wanted % VECTOR if exact and (first - wanted) % VECTOR else first % PAGE
 
 
 def placements_of(provenance: Provenance) -> tuple[Placed, ...]:

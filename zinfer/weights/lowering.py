@@ -18,20 +18,19 @@ from zinfer.weights.symbolic import Apply, Expression, Leaf, children
 aten = torch.ops.aten
 
 MIN_MEAN_RUN = 4096  # bytes; below this a scatter of tiny reads is slower than replaying the operators
+MAX_TINY_BLOCKS = 1 << 16  # more blocks below MIN_MEAN_RUN are not even listed: each costs microseconds
 
-_SAME_BYTES = {
+_RESHAPES = {
     aten.alias,
     aten.detach,
     aten.view,
     aten._unsafe_view,
-    aten.reshape,
     aten.unsqueeze,
     aten.squeeze,
-    aten.clone,
-    aten.contiguous,
     aten.lift_fresh,
-    aten.flatten,
 }
+_SAME_BYTES = _RESHAPES | {aten.clone, aten.contiguous}
+_VIEWS = _RESHAPES | {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes, aten.unbind}
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,18 @@ Runs = list[Run]
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor whose bytes are `runs`, end to end."""
+    """A tensor whose bytes are `runs`, end to end.
+
+    `mapped`: the model in memory has it as a view of the mapped file; False where it was allocated
+    (fused, copied), even if its bytes happen to be adjacent in the file. `residue`: where, modulo VECTOR, the
+    live tensor stood that these bytes were written from. See layout.py for why it matters.
+    """
 
     runs: tuple[Run, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    mapped: bool = True
+    residue: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +104,8 @@ def _maximal_leaves(expression: Expression) -> Iterator[tuple[Expression, Placed
 
 def _place_leaf(leaf: Leaf) -> Placed:
     entry = leaf.entry
-    return Placed((Run(entry.path, entry.offset, entry.length),), entry.shape, entry.dtype)
+    run = Run(entry.path, entry.offset, entry.length)
+    return Placed((run,), entry.shape, entry.dtype, residue=leaf.residue)
 
 
 def _placed(expression: Expression) -> Placed | None:
@@ -112,7 +119,16 @@ def _placed(expression: Expression) -> Placed | None:
     merged = merge(runs)
     if len(merged) > 1 and sum(run.length for run in merged) < MIN_MEAN_RUN * len(merged):
         return None
-    return Placed(tuple(merged), tuple(expression.meta.shape), expression.meta.dtype)
+    return Placed(tuple(merged), tuple(expression.meta.shape), expression.meta.dtype, _is_view(expression))
+
+
+def _is_view(expression: Expression) -> bool:
+    """Whether torch makes `expression` without copying its leaf."""
+    while isinstance(expression, Apply):
+        if expression.func.overloadpacket not in _VIEWS:
+            return False
+        expression = expression.args[0]
+    return True
 
 
 def lower(expression: Expression) -> Runs | None:
@@ -123,10 +139,9 @@ def lower(expression: Expression) -> Runs | None:
     source = args[0]
     if func in _SAME_BYTES or (func is aten._to_copy and _dtype(source) == expression.meta.dtype):
         return lower(source)
-    if func is aten.cat:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        return _cat(source, dim % expression.meta.dim())
-    if func is aten.stack:
+    if func in (aten.cat, aten.stack):
+        if any(_dtype(part) != expression.meta.dtype for part in source):
+            return None  # torch promotes the operands
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         return _cat(source, dim % expression.meta.dim())
     span = _span(expression)
@@ -179,6 +194,8 @@ def _cut(source: Expression, dim: int, start: int, length: int) -> Runs | None:
     shape = _shape(source)
     inner = prod(shape[dim + 1 :]) * _dtype(source).itemsize
     stride = shape[dim] * inner
+    if _too_fine(prod(shape[:dim]), length * inner):
+        return None
     blocks = ((outer * stride + start * inner, length * inner) for outer in range(prod(shape[:dim])))
     return take(runs, blocks)
 
@@ -188,13 +205,16 @@ def _cat(sources: Iterable[Expression], dim: int) -> Runs | None:
     parts: list[tuple[Runs, int]] = []
     outer = 1
     for source in sources:
+        if not prod(_shape(source)):
+            continue  # adds nothing, and may be of another rank
         runs = lower(source)
         if runs is None:
             return None
         outer = prod(_shape(source)[:dim])
-        total = sum(run.length for run in runs)
-        if total:
-            parts.append((runs, total // outer))
+        block = sum(run.length for run in runs) // outer
+        if _too_fine(outer, block):
+            return None
+        parts.append((runs, block))
     if outer == 1:
         return [run for runs, _ in parts for run in runs]
     sliced = [take(runs, ((i * block, block) for i in range(outer))) for runs, block in parts]
@@ -204,6 +224,10 @@ def _cat(sources: Iterable[Expression], dim: int) -> Runs | None:
         for cursor in cursors:
             flat.extend(next(cursor))
     return flat
+
+
+def _too_fine(blocks: int, nbytes: int) -> bool:
+    return blocks > MAX_TINY_BLOCKS and nbytes < MIN_MEAN_RUN
 
 
 def _regroup(runs: Runs, block: int) -> Iterator[Runs]:

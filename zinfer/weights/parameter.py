@@ -42,9 +42,15 @@ class StreamedParameter(torch.Tensor):
     _is_param: bool
 
     @staticmethod
-    def __new__(cls, weight: Weight, source: WeightSource) -> StreamedParameter:
+    def __new__(cls: type[StreamedParameter], weight: Weight, source: WeightSource) -> StreamedParameter:
+        """A parameter that stands for `weight` and gets its bytes from `source`."""
         parameter: StreamedParameter = torch.Tensor._make_wrapper_subclass(
-            cls, weight.shape, strides=weight.stride, dtype=weight.dtype, device="cpu", requires_grad=weight.requires_grad
+            cls,
+            weight.shape,
+            strides=weight.stride,
+            dtype=weight.dtype,
+            device=torch.device("cpu"),
+            requires_grad=weight.requires_grad,
         )
         parameter.weight = weight
         parameter.source = source
@@ -54,9 +60,11 @@ class StreamedParameter(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         pass
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         weight = self.weight
-        return f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype}, tier={weight.tier!r})"
+        return (
+            f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype}, tier={weight.tier!r})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
         return memo.setdefault(id(self), StreamedParameter(self.weight, self.source))
@@ -69,27 +77,38 @@ class StreamedParameter(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(func, args, kwargs or {})
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], StreamedParameter):
-            raise _read_only(args[0], name)
+        name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
+        if kwargs or (name.endswith("_") and not name.endswith("__")):
+            _refuse_to_write(name, args, kwargs or {})
         real = _real(args)
-        if not kwargs and not torch.is_grad_enabled():
-            return func(*real)
-        with torch.no_grad():
-            return func(*real, **{key: _real(value) for key, value in (kwargs or {}).items()})
+        try:
+            if not kwargs and not torch.is_grad_enabled():
+                return func(*real)
+            with torch.no_grad():
+                return func(*real, **{key: _real(value) for key, value in (kwargs or {}).items()})
+        finally:
+            del real  # or the traceback of an error in `func` would keep the weight in the window
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            values = {
+                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
+            }
+            for argument in func._schema.arguments:
+                value = values.get(argument.name, kwargs.get(argument.name))
                 if argument.is_write and isinstance(value, StreamedParameter):
                     raise _read_only(value, str(func))
         real_args, real_kwargs = tree_map_only(StreamedParameter, _whole, (args, kwargs))
@@ -120,8 +139,25 @@ def _read_only(parameter: StreamedParameter, name: str) -> ReadOnlyError:
     )
 
 
+def _refuse_to_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """In-place methods and functions (torch.nn.init names its target), `inplace=True`, and `out=`."""
+    targets = [kwargs.get("out")]
+    if kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")):
+        targets.append(args[0] if args else kwargs.get("tensor"))
+    for target in targets:
+        for item in target if isinstance(target, (list, tuple)) else (target,):
+            if isinstance(item, StreamedParameter):
+                raise _read_only(item, name)
+
+
 def _metadata(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _one_by_one(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of several weights that is written in Python: each operator in it gets its own, in turn."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         return func(*args, **kwargs)
 
 
@@ -155,8 +191,10 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if max_norm is not None:
         raise _read_only(parameter, "F.embedding(max_norm=...)")
     weight = parameter.weight
-    if weight.resident is not None or weight.row_source is None or not ids.numel():
+    if weight.resident is not None or weight.row_source is None:
         return F.embedding(_real(ids), _whole(parameter))
+    if not ids.numel():
+        return torch.empty((*ids.shape, *weight.shape[1:]), dtype=weight.dtype)
     distinct, positions = torch.unique(_real(ids), return_inverse=True)
     rows = distinct.tolist()
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:
@@ -169,7 +207,11 @@ def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     parameter, index = args
     if type(parameter) is StreamedParameter and _is_integer(index):
         weight, row = parameter.weight, int(index)
-        if weight.resident is None and weight.row_source is not None and -weight.shape[0] <= row < weight.shape[0]:
+        if (
+            weight.resident is None
+            and weight.row_source is not None
+            and -weight.shape[0] <= row < weight.shape[0]
+        ):
             return parameter.source.rows(weight, [row % weight.shape[0]])[0]
     return func(_real(parameter), _real(index))
 
@@ -182,30 +224,45 @@ def _is_integer(index: Any) -> bool:
 
 def _handlers() -> dict[Any, Callable[..., Any]]:
     tensor: Any = torch.Tensor
-    getters = """shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad grad_fn names
-        is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_sparse_csr is_quantized is_nested is_mkldnn
-        is_ipu is_maia is_mtia is_vulkan is_xla output_nr _version retains_grad _base _backward_hooks""".split()
-    methods = """size dim ndimension numel nelement element_size stride is_contiguous is_floating_point
-        is_complex get_device storage_offset __len__ __hash__ is_same_size is_inference has_names
-        register_hook type_as_hint is_signed sym_size""".split()
+    getters = (
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "itemsize",
+            "nbytes",
+            "names",
+            "requires_grad",
+            "is_leaf",
+        ),
+        *("grad", "grad_fn", "output_nr", "retains_grad", "_version", "_base", "_backward_hooks", "is_cpu"),
+        *("is_cuda", "is_meta", "is_mps", "is_xpu", "is_ipu", "is_maia", "is_mtia", "is_vulkan", "is_xla"),
+        *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
+    )
+    methods = (
+        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference"),
+        *("get_device", "has_names", "register_hook", "__len__", "__hash__"),
+    )
     table: dict[Any, Callable[..., Any]] = {}
-    for name in getters:
-        if hasattr(tensor, name):
-            table[getattr(tensor, name).__get__] = _metadata
-    for name in methods:
-        if hasattr(tensor, name):
-            table[getattr(tensor, name)] = _metadata
-    for function in (torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size, torch.is_signed):
-        table[function] = _metadata
-    for function in (tensor.detach, torch.detach, tensor.data.__get__):
-        table[function] = _same
-    for function in (tensor.requires_grad_, tensor.requires_grad.__set__):
-        table[function] = _set_requires_grad
-    for function in (tensor.data.__set__, tensor.grad.__set__, tensor.__setitem__):
-        table[function] = _refuse_write
-    for function in (tensor.data_ptr, tensor.untyped_storage, tensor.storage, tensor.numpy, tensor.__dlpack__):
-        table[function] = _no_bytes
+    table |= {getattr(tensor, name).__get__: _metadata for name in getters if hasattr(tensor, name)}
+    table |= {getattr(tensor, name): _metadata for name in methods if hasattr(tensor, name)}
+    no_storage = (tensor.data_ptr, tensor.untyped_storage, tensor.storage, tensor.numpy, tensor.__dlpack__)
+    answers: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (
+            _metadata,
+            (torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size, torch.is_signed),
+        ),
+        (_same, (tensor.detach, torch.detach, tensor.data.__get__)),
+        (_set_requires_grad, (tensor.requires_grad_, tensor.requires_grad.__set__)),
+        (_refuse_write, (tensor.data.__set__, tensor.grad.__set__, tensor.__setitem__)),
+        (_no_bytes, no_storage),
+    ]
+    table |= {function: answer for answer, functions in answers for function in functions}
     table[F.embedding] = _embedding
+    table[F.multi_head_attention_forward] = _one_by_one
     table[tensor.__getitem__] = _getitem
     table[tensor.__repr__] = lambda func, args, kwargs: StreamedParameter.__repr__(args[0])
     return table

@@ -7,6 +7,7 @@ count from the end of the header.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -19,6 +20,7 @@ import torch
 from zinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_BYTES = (1 << 63) - 1  # of a file, and of a tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -82,7 +84,9 @@ def _read_raw_header(path: str) -> tuple[bytes, int]:
                 )
             return file.read(length), size
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot read shard: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path}: cannot read this shard: {error.strerror}; the checkpoint is incomplete, fetch it again"
+        ) from error
 
 
 def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
@@ -95,7 +99,9 @@ def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: header is not JSON ({error}); the file is damaged, fetch it again"
         ) from error
@@ -111,21 +117,27 @@ def _entry(path: str, name: str, fields: Any, data_start: int, size: int) -> Ten
         raise CheckpointError(
             f"{path}: tensor {name!r}: malformed header entry {fields!r}; fetch the file again"
         ) from error
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {dtype_name!r}; zinfer knows {', '.join(DTYPES)}"
         )
+    dtype = DTYPES[dtype_name]
     counts = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CheckpointError(
-            f"{path}: tensor {name!r}: shape {shape!r} or offsets {[begin, end]!r} are not counts"
+            f"{path}: tensor {name!r}: shape {shape!r} or offsets {[begin, end]!r} are not counts; the file is "
+            "damaged, fetch it again"
         )
-    dtype = DTYPES[dtype_name]
+    # Empty tensors too: torch multiplies the dimensions it is given.
+    if end > MAX_BYTES or prod(count or 1 for count in shape) * dtype.itemsize > MAX_BYTES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: its shape or offsets are beyond any file; the file is damaged, fetch it again"
+        )
     expected = prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise CheckpointError(
             f"{path}: tensor {name!r}: {dtype_name} {shape} needs {expected} bytes, "
-            f"its offsets {[begin, end]} give {end - begin}"
+            f"its offsets {[begin, end]} give {end - begin}; the file is damaged, fetch it again"
         )
     if data_start + end > size:
         raise CheckpointError(
@@ -137,7 +149,7 @@ def _entry(path: str, name: str, fields: Any, data_start: int, size: int) -> Ten
 
 def _refuse_overlaps(path: str, entries: dict[str, TensorEntry]) -> None:
     ordered = sorted((entry for entry in entries.values() if entry.length), key=lambda entry: entry.offset)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.offset + before.length > after.offset:
             raise CheckpointError(
                 f"{path}: tensors {before.name!r} and {after.name!r} overlap at byte {after.offset}; "

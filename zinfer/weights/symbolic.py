@@ -20,9 +20,10 @@ from zinfer.weights.safetensors_header import TensorEntry
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A checkpoint tensor."""
+    """A checkpoint tensor. `residue`: the address, modulo 64, of the live tensor it was written from."""
 
     entry: TensorEntry
+    residue: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,11 @@ class Apply:
 
 Expression = Leaf | Apply
 
+_FACTORIES = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+} | {getattr(torch.ops.aten, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full")}
+
 
 class SymbolicTensor(torch.Tensor):
     """Shape, dtype and device of a tensor, and the expression that makes it; no storage."""
@@ -45,24 +51,29 @@ class SymbolicTensor(torch.Tensor):
     expression: Expression
 
     @staticmethod
-    def __new__(cls, expression: Expression, like: torch.Tensor) -> SymbolicTensor:
+    def __new__(cls: type[SymbolicTensor], expression: Expression, like: torch.Tensor) -> SymbolicTensor:
         """`like`: a meta tensor with the shape, strides and dtype of the result."""
         tensor: SymbolicTensor = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device="cpu", requires_grad=False
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=like.dtype,
+            device=torch.device("cpu"),
+            requires_grad=False,
         )
         tensor.expression = expression
         return tensor
 
     @classmethod
-    def of(cls, entry: TensorEntry) -> SymbolicTensor:
-        """The symbolic tensor for one checkpoint tensor."""
-        return cls(Leaf(entry), torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+    def of(cls, entry: TensorEntry, residue: int | None = None) -> SymbolicTensor:
+        """The symbolic tensor for one checkpoint tensor; `residue` as in Leaf."""
+        return cls(Leaf(entry, residue), torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SymbolicTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
@@ -71,11 +82,13 @@ class SymbolicTensor(torch.Tensor):
                 f"loading wants to write into a checkpoint tensor ({func}); this conversion is unsupported"
             )
         meta_args, meta_kwargs = tree_map_only(SymbolicTensor, _to_meta, (args, kwargs))
+        if func.overloadpacket in _FACTORIES:  # initialisation code making a tensor of its own: a real one
+            return func(*meta_args, **{**meta_kwargs, "device": kwargs.get("device") or "cpu"})
         if "device" in meta_kwargs:
             meta_kwargs["device"] = "meta"
         try:
             out = func(*meta_args, **meta_kwargs)
-        except (NotImplementedError, RuntimeError) as error:
+        except NotImplementedError as error:
             raise CheckpointError(
                 f"loading this checkpoint needs the values of a tensor ({func}), which zinfer does not read "
                 f"at load: {error}"
@@ -134,18 +147,14 @@ class _Replay:
             return placed
         if isinstance(node, Leaf):
             raise KeyError(f"leaf {node.entry.name!r} was not read")
-        # Outputs of one multi-output call (split, unbind) are separate nodes over the same operands.
-        key = (node.func, tuple(id(child) for child in children(node)), repr(_constants(node)))
+        # Outputs of one multi-output call (split, unbind) are separate nodes that share the call's kwargs.
+        key = id(node.kwargs)
         if key not in self._memo:
             args, kwargs = _substitute((node.args, node.kwargs), self.value)
             if "device" in kwargs:
                 kwargs["device"] = self._device
             self._memo[key] = node.func(*args, **kwargs)
         return self._memo[key] if node.index is None else self._memo[key][node.index]
-
-
-def _constants(node: Apply) -> Any:
-    return _substitute((node.args, node.kwargs), lambda _: None)
 
 
 def _substitute(item: Any, value: Callable[[Expression], Any]) -> Any:

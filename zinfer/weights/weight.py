@@ -68,9 +68,10 @@ class Weight:
         expression = provenance.expression
         while isinstance(expression, Apply) and expression.func.overloadpacket in (aten.detach, aten.alias):
             expression = expression.args[0]
-        cast = isinstance(expression, Apply) and expression.func.overloadpacket is aten._to_copy
-        placed = provenance.leaves[0][1]
-        return placed if cast and placed.shape == tuple(self.shape) and len(provenance.leaves) == 1 else None
+        if not isinstance(expression, Apply) or expression.func.overloadpacket is not aten._to_copy:
+            return None
+        node, placed = provenance.leaves[0]
+        return placed if expression.args[0] is node else None
 
     @property
     def read_bytes(self) -> int:

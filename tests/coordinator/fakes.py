@@ -1,0 +1,125 @@
+"""Weights, fetches, a window and a device that are plain Python objects: no I/O, every move written down."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zinfer.errors import DriveError
+
+SIZE = 100  # bytes of a weight's region, unless told
+
+
+class FakeLayout:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+class FakeWeight:
+    """What the coordinator looks at."""
+
+    def __init__(
+        self, name: str, nbytes: int = SIZE, *, wants_residence: bool = False, placed: bool = True
+    ) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self.layout = FakeLayout(nbytes)
+        self.rows_only = False
+        self.wants_residence = wants_residence
+        self.placed = object() if placed else None
+        self.resident: torch.Tensor | None = None
+        self.fetch: weakref.ref[FakeFetch] | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class FakeFetch:
+    """Ready at once, unless `error` is given or `held_back` until released."""
+
+    def __init__(self, weight: Any, error: Exception | None = None, held_back: bool = False) -> None:
+        self.weight = weight
+        self._error = error
+        self._ready = threading.Event()
+        self._tensor: torch.Tensor | None = None
+        if not held_back:
+            self._ready.set()
+
+    @property
+    def done(self) -> bool:
+        return self._ready.is_set()
+
+    def release(self) -> None:
+        self._ready.set()
+
+    def wait(self) -> torch.Tensor:
+        assert self._ready.wait(10), "nobody released this read"
+        if self._error is not None:
+            raise self._error
+        if self._tensor is None:
+            self._tensor = torch.empty(0)
+        return self._tensor
+
+
+class FakeWindow:
+    """Bytes of `capacity`, given back when the fetch that took them dies."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.in_use = 0
+
+    def take(self, nbytes: int) -> bool:
+        if self.in_use + nbytes > self.capacity:
+            return False
+        self.in_use += nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        self.in_use -= nbytes
+
+
+class FakeDevice:
+    """Starts fetches; `started` lists (name, urgent) of each; reads of weights named in `fail` fail."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = FakeWindow(window) if window is not None else None
+        self.started: list[tuple[str, bool]] = []
+        self.rows: list[tuple[str, list[int]]] = []
+        self.fail: set[str] = set()
+        self.hold_back: set[str] = set()
+        self.closed = False
+        self.on_start: Callable[[str], None] = lambda name: None
+        self._lives: list[weakref.ref[FakeFetch]] = []
+
+    def start(self, weight: Any, *, urgent: bool, timeout: float = 0.0) -> FakeFetch | None:
+        kept = weight.wants_residence and weight.placed is not None
+        if self.window is not None and not kept and not self.window.take(weight.layout.nbytes):
+            return None
+        self.on_start(weight.name)
+        self.started.append((weight.name, urgent))
+        error = DriveError("EIO", weight.name, 0, 1, 5, "fake") if weight.name in self.fail else None
+        fetch = FakeFetch(weight, error, weight.name in self.hold_back)
+        weight.fetch = weakref.ref(fetch)
+        self._lives.append(weight.fetch)
+        if self.window is not None and not kept:
+            weakref.finalize(fetch, self.window.give, weight.layout.nbytes).atexit = False
+        return fetch
+
+    def read_rows(self, weight: Any, rows: list[int]) -> torch.Tensor:
+        self.rows.append((weight.name, rows))
+        return torch.zeros(len(rows), 4)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def alive(self) -> list[str]:
+        """Names of the weights whose reads still exist, oldest first."""
+        return [fetch.weight.name for ref in self._lives if (fetch := ref()) is not None]
+
+    def names(self, *, urgent: bool | None = None) -> str:
+        """Weights with names of one letter, in the order their reads were started."""
+        return "".join(name for name, kind in self.started if urgent is None or kind is urgent)

@@ -1,0 +1,233 @@
+"""The plan keeps to its bytes, finds a placement whenever there is one, and spreads what stays evenly."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from zinfer.errors import BudgetError
+from zinfer.plan.placement import (
+    MAX_WINDOW,
+    MIN_WINDOW,
+    Footprint,
+    Placement,
+    all_resident,
+    place,
+    smallest,
+    spread,
+)
+
+MIB = 1 << 20
+sizes = st.integers(1, 2000).map(lambda k: k * 4096) | st.integers(1, 200).map(lambda k: k * MIB)
+
+
+@st.composite
+def footprints(draw) -> Footprint:
+    resident = draw(sizes)
+    if draw(st.integers(0, 3)):
+        return Footprint(resident, resident, rows_only=draw(st.integers(0, 4)) == 0)
+    return Footprint(resident, draw(sizes), transient=2 * resident)
+
+
+weight_lists = st.lists(footprints(), min_size=1, max_size=25)
+
+
+def streamed(weights: list[Footprint], plan: Placement) -> list[Footprint]:
+    """The weights that have to pass through the window in full."""
+    return [w for i, w in enumerate(weights) if i not in plan.residents and not w.rows_only]
+
+
+def budgets(weights: list[Footprint]) -> st.SearchStrategy[int]:
+    return st.integers(smallest(weights), all_resident(weights) + (1 << 30))
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_a_placement_keeps_to_its_bytes_and_says_what_it_uses(weights, data):
+    available = data.draw(budgets(weights))
+    plan = place(weights, available)
+    assert plan.total_bytes <= available
+    assert plan.total_bytes == plan.resident_bytes + plan.window_bytes + plan.transient_bytes
+    assert plan.resident_bytes == sum(weights[i].resident for i in plan.residents)
+    assert plan.transient_bytes == max(w.transient for w in weights)
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_the_window_holds_the_largest_weight_that_passes_through_it(weights, data):
+    plan = place(weights, data.draw(budgets(weights)))
+    passing = streamed(weights, plan) + [w for w in weights if w.transient]
+    assert plan.window_bytes >= max((w.window for w in passing), default=0)
+
+
+@settings(deadline=None)
+@given(weight_lists)
+def test_the_smallest_budget_works_and_one_byte_less_does_not(weights):
+    least = smallest(weights)
+    assert place(weights, least).total_bytes <= least
+    with pytest.raises(BudgetError, match=f"{least} would do"):
+        place(weights, least - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(footprints(), min_size=1, max_size=7))
+def test_no_choice_of_residents_works_with_less_than_the_smallest_budget(weights):
+    converted = max((w.window for w in weights if w.transient), default=0)
+    transient = max(w.transient for w in weights)
+    candidates = [i for i, w in enumerate(weights) if not w.rows_only]
+    needs = []
+    for bits in range(1 << len(candidates)):
+        kept = {i for position, i in enumerate(candidates) if bits >> position & 1}
+        window = max([converted, *(weights[i].window for i in candidates if i not in kept)])
+        needs.append(sum(weights[i].resident for i in kept) + window + transient)
+    assert smallest(weights) == min(needs)
+
+
+@settings(deadline=None)
+@given(weight_lists)
+def test_where_all_fits_all_is_resident_and_the_window_is_what_conversions_need(weights):
+    plan = place(weights, all_resident(weights))
+    assert plan.residents == frozenset(range(len(weights)))
+    assert plan.window_bytes == max((w.window for w in weights if w.transient), default=0)
+
+
+@settings(deadline=None)
+@given(weight_lists)
+def test_where_only_the_embeddings_do_not_fit_all_else_is_resident(weights):
+    assume(any(w.rows_only for w in weights))
+    plan = place(weights, all_resident(weights) - 1)
+    assert plan.residents == frozenset(i for i, w in enumerate(weights) if not w.rows_only)
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_memory_is_not_left_over_that_another_weight_would_fit_in(weights, data):
+    available = data.draw(budgets(weights))
+    plan = place(weights, available)
+    left = available - plan.total_bytes
+    assert all(w.resident > left for w in streamed(weights, plan))
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_a_larger_budget_keeps_at_least_as_much_but_for_one_weight_and_a_wider_window(weights, data):
+    low, high = sorted(data.draw(st.tuples(budgets(weights), budgets(weights))))
+    less, more = place(weights, low), place(weights, high)
+    widest = max(w.resident for w in weights) + max(w.window for w in weights)
+    assert more.resident_bytes >= less.resident_bytes - MAX_WINDOW - 2 * widest
+
+
+def test_equal_weights_stay_in_proportion_to_the_budget():
+    weights = [Footprint(64 * MIB, 64 * MIB)] * 100
+    kept = [len(place(weights, budget * 64 * MIB).residents) for budget in range(20, 101, 5)]
+    assert kept == sorted(kept)
+    assert kept[-1] == 100
+    assert all(budget - 8 <= count <= budget for budget, count in zip(range(20, 96, 5), kept, strict=False))
+
+
+def test_a_roomy_budget_gives_a_window_that_keeps_the_drive_busy():
+    weights = [Footprint(4 * MIB, 4 * MIB)] * 2000
+    assert place(weights, 4000 * MIB).window_bytes == MAX_WINDOW
+    assert place(weights, 500 * MIB).window_bytes == 100 * MIB
+    assert place(weights, 100 * MIB).window_bytes == MIN_WINDOW
+
+
+def test_a_tight_budget_still_lets_one_weight_be_read_while_the_other_computes():
+    weights = [Footprint(40 * MIB, 40 * MIB)] * 10
+    assert place(weights, 81 * MIB).window_bytes == 80 * MIB
+    assert place(weights, 79 * MIB).window_bytes == 40 * MIB
+
+
+def test_one_huge_weight_is_kept_rather_than_a_window_made_for_it():
+    weights = [Footprint(4 * MIB, 4 * MIB)] * 100 + [Footprint(250 * MIB, 250 * MIB)]
+    plan = place(weights, 400 * MIB)
+    assert 100 in plan.residents
+    assert plan.window_bytes < 250 * MIB
+
+
+def decoder(layers: int) -> list[Footprint]:
+    """The matrices of a decoder: attention, feed-forward, and a head of its own size."""
+    matrices = [16, 4, 4, 16, 44, 44, 44]
+    return [
+        *(Footprint(n * MIB, n * MIB) for _ in range(layers) for n in matrices),
+        Footprint(300 * MIB, 300 * MIB),
+    ]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_residents_are_spread_evenly_over_the_sweep_of_a_decoder(share):
+    weights = decoder(40)
+    plan = place(weights, int(all_resident(weights) * share))
+    longest = gap = 0
+    for i, weight in enumerate(weights * 2):
+        gap = 0 if i % len(weights) in plan.residents else gap + weight.resident
+        longest = max(longest, gap)
+    kept = plan.resident_bytes / all_resident(weights)
+    assert longest <= 2 * 44 * MIB / kept
+
+
+def test_thousands_of_weights_are_placed_in_no_time():
+    weights = [Footprint((4 + i % 9) * MIB, (4 + i % 9) * MIB) for i in range(4000)]
+    started = time.perf_counter()
+    place(weights, all_resident(weights) // 2)
+    assert time.perf_counter() - started < 2.0
+
+
+def test_nothing_to_place_needs_nothing():
+    assert place([], 0) == Placement(frozenset(), 0, 0, 0)
+
+
+def test_embeddings_alone_need_nothing_since_rows_are_read_on_their_own():
+    weights = [Footprint(MIB, MIB, rows_only=True)]
+    assert smallest(weights) == 0
+    assert place(weights, 0).residents == frozenset()
+    assert place(weights, MIB).residents == {0}
+
+
+def test_an_embedding_is_no_resident_while_other_weights_stream():
+    weights = [Footprint(100 * MIB, 100 * MIB, rows_only=True), *[Footprint(40 * MIB, 40 * MIB)] * 10]
+    assert 0 not in place(weights, 300 * MIB).residents
+
+
+# -- spread ---------------------------------------------------------------------------------------------
+
+size_lists = st.lists(st.integers(1, 1000), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(size_lists, st.integers(0, 70_000))
+def test_spreading_keeps_to_the_budget_and_leaves_no_room_for_another(items, budget):
+    chosen = spread(items, budget, range(len(items)))
+    used = sum(items[i] for i in chosen)
+    assert used <= budget
+    assert all(size > budget - used for i, size in enumerate(items) if i not in chosen)
+
+
+@settings(deadline=None)
+@given(size_lists, st.floats(0.02, 1.0))
+def test_the_bytes_between_two_residents_are_bounded_by_the_share_that_stays(items, share):
+    budget = int(sum(items) * share)
+    assume(budget > 0)
+    chosen = spread(items, budget, range(len(items)))
+    longest = gap = 0
+    for i, size in enumerate(items):
+        gap = 0 if i in chosen else gap + size
+        longest = max(longest, gap)
+    exact = min(1.0, budget / sum(items))
+    assert longest <= max(items) / exact + 1
+
+
+def test_half_of_equal_weights_is_every_other():
+    assert spread([10] * 8, 40, range(8)) == {1, 3, 5, 7}
+
+
+def test_labels_are_what_is_given_back():
+    assert spread([10, 10], 10, [5, 9]) in ({5}, {9})
+
+
+@pytest.mark.parametrize(("items", "budget"), [([], 100), ([5, 5], 0), ([5], -1)])
+def test_nothing_is_spread_where_there_is_nothing_or_no_room(items, budget):
+    assert spread(items, budget, range(len(items))) == set()
