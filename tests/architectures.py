@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers as t
 
@@ -158,7 +160,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> t.Pre
     """The seeded random model called `name`, in eval mode."""
     cls, config = ALL[name]
     torch.manual_seed(seed)
-    return cls(config).to(dtype).eval()
+    return cls(copy.deepcopy(config)).to(dtype).eval()
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

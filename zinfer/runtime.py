@@ -35,8 +35,6 @@ class Runtime:
         self._marks: deque[tuple[float, int]] = deque(maxlen=SWEEPS_REMEMBERED)
         self._first_sweep: float | None = None
         self._sweeps = 0
-        model.register_forward_pre_hook(self._mark)
-        model.register_forward_hook(self._finish)
 
     def report(self) -> Report:
         """What happened so far."""
@@ -129,12 +127,14 @@ class Runtime:
         state = "closed" if self.closed else f"{self._sweeps} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def _mark(self, *_: Any) -> None:
+    def begin_sweep(self, *_: Any) -> None:
+        """A hook for before the model's forward. Raises ClosedError after close()."""
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
         self._sweeps += 1
         self._marks.append((time.perf_counter(), self.bytes_read))
 
-    def _finish(self, *_: Any) -> None:
+    def end_sweep(self, *_: Any) -> None:
+        """A hook for after the model's forward."""
         if self._first_sweep is None and self._marks:
             self._first_sweep = time.perf_counter() - self._marks[0][0]
 

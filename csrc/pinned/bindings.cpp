@@ -42,12 +42,11 @@ std::shared_ptr<Pool> make_pool(int64_t capacity, const std::string& page_lock, 
 
 // The common case never waits and keeps the GIL: letting go of it may cost a thread switch (5 ms). That
 // cannot deadlock, because nobody takes the GIL while holding the pool's mutex.
-std::unique_ptr<Region> acquire(Pool& pool, int64_t nbytes, double timeout, bool from_end) {
-  const auto placement = from_end ? Placement::from_end : Placement::next_fit;
-  if (!(timeout > 0)) return pool.acquire(nbytes, placement, timeout, [] {});
-  if (auto region = pool.try_acquire(nbytes, placement)) return region;
+std::unique_ptr<Region> acquire(Pool& pool, int64_t nbytes, double timeout) {
+  if (!(timeout > 0)) return pool.acquire(nbytes, timeout, [] {});
+  if (auto region = pool.try_acquire(nbytes)) return region;
   const py::gil_scoped_release no_gil;
-  return pool.acquire(nbytes, placement, timeout, raise_signals);
+  return pool.acquire(nbytes, timeout, raise_signals);
 }
 
 py::dict stats(const Pool& pool) {
@@ -82,8 +81,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool")
       .def(py::init(&make_pool), py::arg("capacity"), py::kw_only(), py::arg("page_lock") = "auto",
            py::arg("huge_pages") = true, py::arg("touch_threads") = 2)
-      .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout") = 0.0, py::kw_only(),
-           py::arg("from_end") = false)
+      .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout") = 0.0)
       .def("check_integrity", &Pool::check_integrity)
       .def("close", &Pool::close, no_gil)
       .def_property_readonly("capacity", &Pool::capacity)

@@ -70,9 +70,9 @@ size_t Pool::checked_bytes(int64_t nbytes) const {
   return bytes;
 }
 
-bool Pool::take(Region& region, size_t bytes, Placement placement) {
+bool Pool::take(Region& region, size_t bytes) {
   if (closed_) throw ClosedError("the pinned pool is closed");
-  const auto offset = runs_.take(bytes, placement);
+  const auto offset = runs_.take(bytes);
   if (!offset) return false;
   region.pool_ = shared_from_this();
   region.data_ = memory_->slab.data() + *offset;
@@ -82,14 +82,14 @@ bool Pool::take(Region& region, size_t bytes, Placement placement) {
   return true;
 }
 
-std::unique_ptr<Region> Pool::try_acquire(int64_t nbytes, Placement placement) {
+std::unique_ptr<Region> Pool::try_acquire(int64_t nbytes) {
   auto region = std::make_unique<Region>();  // made first: once the run is taken nothing can throw
   const auto guard = lock();
-  if (!take(*region, checked_bytes(nbytes), placement)) return nullptr;
+  if (!take(*region, checked_bytes(nbytes))) return nullptr;
   return region;
 }
 
-std::unique_ptr<Region> Pool::acquire(int64_t nbytes, Placement placement, double timeout,
+std::unique_ptr<Region> Pool::acquire(int64_t nbytes, double timeout,
                                       const std::function<void()>& poll) {
   if (!(timeout >= 0)) throw std::invalid_argument("timeout must be 0 or more seconds");
   const auto patience = std::chrono::duration<double>(std::min(timeout, kLongestWait));
@@ -99,7 +99,7 @@ std::unique_ptr<Region> Pool::acquire(int64_t nbytes, Placement placement, doubl
   auto region = std::make_unique<Region>();
   auto guard = lock();
   const size_t bytes = checked_bytes(nbytes);
-  for (bool waited = false; !take(*region, bytes, placement); now = Clock::now()) {
+  for (bool waited = false; !take(*region, bytes); now = Clock::now()) {
     if (now >= deadline) {
       ++stats_.refusals;
       return nullptr;

@@ -72,12 +72,12 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // A region of at least `nbytes` (rounded up to kPageBytes), or nullptr when no run is long enough.
   // Never waits. Throws std::invalid_argument (nbytes < 1), BudgetError (nbytes > capacity), ClosedError.
   // A nullptr from here is not counted as a refusal.
-  std::unique_ptr<Region> try_acquire(int64_t nbytes, Placement placement);
+  std::unique_ptr<Region> try_acquire(int64_t nbytes);
 
   // The same, waiting up to `timeout` seconds (>= 0, infinity allowed) for a region to return. `poll` runs
   // at least every 100 ms of the wait, without the lock; what it throws ends the wait. Waiters are not
   // queued: a small request may overtake a large one.
-  std::unique_ptr<Region> acquire(int64_t nbytes, Placement placement, double timeout,
+  std::unique_ptr<Region> acquire(int64_t nbytes, double timeout,
                                   const std::function<void()>& poll);
 
   void close();  // idempotent; wakes every waiter with ClosedError
@@ -106,7 +106,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   explicit Pool(const PoolOptions& options);
   std::unique_lock<std::mutex> lock() const;  // throws ClosedError in a child
   size_t checked_bytes(int64_t nbytes) const;
-  bool take(Region& region, size_t bytes, Placement placement);  // the mutex is held
+  bool take(Region& region, size_t bytes);  // the mutex is held
   void release(std::byte* data) noexcept;
 
   const ForkGuard guard_;

@@ -22,24 +22,14 @@ Runs::Map::iterator Runs::find_next_fit(size_t bytes) {
   return wrapped != first ? wrapped : free_.end();
 }
 
-Runs::Map::iterator Runs::find_from_end(size_t bytes) {
-  for (auto run = free_.end(); run != free_.begin();) {
-    if ((--run)->second >= bytes) return run;
-  }
-  return free_.end();
-}
-
-std::optional<size_t> Runs::take(size_t bytes, Placement placement) {
-  const bool at_end = placement == Placement::from_end;
-  const auto run = at_end ? find_from_end(bytes) : find_next_fit(bytes);
+std::optional<size_t> Runs::take(size_t bytes) {
+  const auto run = find_next_fit(bytes);
   if (run == free_.end()) return std::nullopt;
+  const size_t offset = run->first;
   const size_t rest = run->second - bytes;
-  const size_t offset = at_end ? run->first + rest : run->first;
   held_.emplace(offset, bytes);  // the only step that can throw comes before anything has changed
   if (rest == 0) {
     free_.erase(run);
-  } else if (at_end) {
-    run->second = rest;
   } else {
     auto node = free_.extract(run);
     node.key() = offset + bytes;
@@ -47,7 +37,7 @@ std::optional<size_t> Runs::take(size_t bytes, Placement placement) {
     free_.insert(std::move(node));
   }
   free_bytes_ -= bytes;
-  if (!at_end) cursor_ = offset + bytes;
+  cursor_ = offset + bytes;
   return offset;
 }
 

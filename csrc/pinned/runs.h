@@ -7,34 +7,29 @@
 
 namespace zinfer::pinned {
 
-enum class Placement { next_fit, from_end };
-
 // Divides [0, capacity) into runs. Not thread safe: the pool's mutex guards it.
 //
 //     free --take()--> held --give_back()--> free, joined with a free neighbour on either side
 //
-// take(next_fit) looks from the cursor (the end of the last run taken so) to the end, then wraps around to
-// the start. The streaming window takes and gives back in nearly first-in first-out order, and next-fit then
-// is a ring buffer: what is held lies in one arc behind the cursor, what is free in one arc before it.
+// take() is next-fit: it looks from the cursor (the end of the last run taken) to the end, then wraps around
+// to the start. The streaming window takes and gives back in nearly first-in first-out order, and next-fit
+// then is a ring buffer: what is held lies in one arc behind the cursor, what is free in one arc before it.
 //
 //     0                                       capacity
-//     |  free  | oldest ... held ... newest |  free  | lives for ever |
-//              give_back() ->        cursor ^ take()    take(from_end)
+//     |  free  | oldest ... held ... newest |  free  |
+//              give_back() ->        cursor ^ take()
 //
 // The arc is cut at the end of the ring, where a request too long for what is left wraps and leaves a gap.
 // Requests of one size are refused only when fewer free bytes than that and the gap are left. Of mixed sizes,
 // a short one may slip into the gap that a long one left, out of order: in 38,000 simulated windows, first-in
-// first-out, a request was never refused with more free bytes than itself and 3.5 times the longest request;
-// on average 93% of the ring was in use at a refusal (first-fit and best-fit came to the same).
-//
-// take(from_end) uses the highest run that fits, from its end, and leaves the cursor: a run that is never
-// given back makes the ring shorter instead of cutting it in two.
+// first-out, a request was never refused with more free bytes than itself and 3.5 times the longest request.
+// In a second simulation 93% of the ring was in use at a refusal, on average, as with first-fit and best-fit.
 class Runs {
  public:
   explicit Runs(size_t capacity);
 
   // A run of `bytes` (> 0), as its offset; nothing when no free run is long enough.
-  std::optional<size_t> take(size_t bytes, Placement placement);
+  std::optional<size_t> take(size_t bytes);
   // `offset` came from take() and was not given back since. Allocates nothing, so a destructor may call it.
   void give_back(size_t offset) noexcept;
 
@@ -52,7 +47,6 @@ class Runs {
   using Map = std::map<size_t, size_t>;  // offset -> bytes; one type, so a node can move between the two
 
   Map::iterator find_next_fit(size_t bytes);
-  Map::iterator find_from_end(size_t bytes);
 
   const size_t capacity_;
   size_t free_bytes_;

@@ -37,10 +37,10 @@ class AnyUse(RuleBasedStateMachine):
         self.held = {}
         self.serial = 0
 
-    @rule(pages=st.integers(1, PAGES), slack=st.integers(0, PAGE - 1), from_end=st.booleans())
-    def acquire(self, pages, slack, from_end):
+    @rule(pages=st.integers(1, PAGES), slack=st.integers(0, PAGE - 1))
+    def acquire(self, pages, slack):
         largest = self.pool.largest_free
-        region = self.pool.acquire(pages * PAGE - slack, from_end=from_end)
+        region = self.pool.acquire(pages * PAGE - slack)
         assert (region is None) == (largest < pages * PAGE)
         if region is not None:
             self.serial += 1
@@ -78,7 +78,7 @@ def test_a_long_random_run_keeps_every_canary():
             region, canary = held.pop(choose.randrange(len(held)))
             assert holds(region, canary)
         else:
-            region = pool.acquire(choose.randint(1, 9 * PAGE), from_end=choose.random() < 0.2)
+            region = pool.acquire(choose.randint(1, 9 * PAGE))
             if region is not None:
                 fill(region, serial)
                 held.append((region, serial))
@@ -139,33 +139,6 @@ def test_an_empty_pool_starts_again_at_its_first_byte():
     pool = pool_of(10)
     addresses = {pool.acquire(3 * PAGE).address for _ in range(20)}
     assert len(addresses) == 1
-
-
-def test_from_end_takes_the_highest_run_that_fits():
-    pool = pool_of(10)
-    kept = pool.acquire(2 * PAGE, from_end=True)
-    ring = pool.acquire(PAGE)
-    assert kept.address == ring.address + 8 * PAGE
-    below = pool.acquire(3 * PAGE, from_end=True)
-    assert below.address == kept.address - 3 * PAGE
-    del kept
-    # The two pages at the end are too few for three.
-    assert pool.acquire(3 * PAGE, from_end=True).address == below.address - 3 * PAGE
-    assert pool.acquire(PAGE, from_end=True).address == below.address + 4 * PAGE
-
-
-def test_what_is_kept_at_the_end_does_not_cut_the_ring():
-    pool = pool_of(40)
-    kept = []
-    for step in range(10):
-        kept.append(pool.acquire(PAGE, from_end=True))
-        window = deque(pool.acquire(3 * PAGE) for _ in range(5))
-        for _ in range(20):
-            window.popleft()
-            window.append(pool.acquire(3 * PAGE))
-        assert None not in window
-        window.clear()
-        assert pool.largest_free == pool.free_bytes == (39 - step) * PAGE
 
 
 def test_many_threads_share_a_pool_and_every_canary_holds():

@@ -20,7 +20,6 @@ import torch
 from running import DEADLINE, IDS, check_device, run_tightly, tokens, window_in_use
 from surgery import SHARD
 
-import zinfer
 from tests import architectures
 from zinfer.aio import Engine
 from zinfer.errors import BudgetError, CheckpointChangedError, CheckpointError, ClosedError, DriveError
@@ -256,7 +255,9 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize(("delay", "after", "end"), [(0.0, 0.15, "close"), (0.05, 0.33, "exit"), (0.05, 0.07, "close")])
+@pytest.mark.parametrize(
+    ("delay", "after", "end"), [(0.0, 0.15, "close"), (0.05, 0.33, "exit"), (0.05, 0.07, "close")]
+)
 def test_ctrl_c_surfaces_and_the_model_works_on(delay, after, end, llama):
     folder, _ = llama
     process = subprocess.Popen(
@@ -275,7 +276,9 @@ def test_ctrl_c_surfaces_and_the_model_works_on(delay, after, end, llama):
     finally:
         process.kill()
         process.communicate(timeout=DEADLINE)
-    assert out.splitlines() == ["interrupted", "exact", *(["left []"] if end == "close" else []), "done"], errors
+    assert out.splitlines() == ["interrupted", "exact", *(["left []"] if end == "close" else []), "done"], (
+        errors
+    )
     assert process.returncode == 0
 
 
@@ -333,7 +336,10 @@ def in_threads(work, count):
 def test_threads_share_one_model_bit_for_bit(name, spare, saved):
     folder = saved(name)
     reference = architectures.build(name)
-    prompts = [torch.randint(0, 256, (1, 3 + seed), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    prompts = [
+        torch.randint(0, 256, (1, 3 + seed), generator=torch.Generator().manual_seed(seed))
+        for seed in range(4)
+    ]
     expected = [tokens(reference, prompt) for prompt in prompts]
     with run_tightly(folder, spare=spare) as model:
         for _ in range(2):

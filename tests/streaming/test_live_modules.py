@@ -95,19 +95,27 @@ def test_a_model_loaded_from_a_file_stays_exact_at_any_alignment(shift, saved, t
     content = shard.read_bytes()
     length = int.from_bytes(content[:8], "little")
     shard.write_bytes(
-        (length + shift).to_bytes(8, "little") + content[8 : 8 + length] + b" " * shift + content[8 + length :]
+        (length + shift).to_bytes(8, "little")
+        + content[8 : 8 + length]
+        + b" " * shift
+        + content[8 + length :]
     )
     load = transformers.LlamaForCausalLM.from_pretrained
     reference, live = load(shard.parent).eval(), load(shard.parent).eval()
     budget = 230_000
-    with zinfer.run(live, offload="nvme", nvme_path=tmp_path, max_memory={"cpu": budget}) as model, torch.no_grad():
+    with (
+        zinfer.run(live, offload="nvme", nvme_path=tmp_path, max_memory={"cpu": budget}) as model,
+        torch.no_grad(),
+    ):
         for ids in (IDS, IDS[:, :1], IDS):
             assert torch.equal(reference(ids).logits, model(ids).logits)
 
 
 def test_a_live_pretrained_model_generates(tmp_path):
     expected = tokens(architectures.build("qwen3_moe"))
-    with zinfer.run(architectures.build("qwen3_moe"), nvme_path=tmp_path, max_memory={"cpu": 400_000}) as model:
+    with zinfer.run(
+        architectures.build("qwen3_moe"), nvme_path=tmp_path, max_memory={"cpu": 400_000}
+    ) as model:
         assert isinstance(model, transformers.Qwen3MoeForCausalLM)
         assert tokens(model) == expected
         assert model.zinfer.report().bytes_written > 0
@@ -117,7 +125,9 @@ def test_a_live_pretrained_model_generates(tmp_path):
 def test_recurrent_layers_whose_weights_are_one_operators(recurrent, tmp_path):
     def make():
         torch.manual_seed(0)
-        return nn.ModuleDict({"head": nn.Linear(64, 512), "rnn": recurrent(64, 64, 2, batch_first=True)}).eval()
+        return nn.ModuleDict(
+            {"head": nn.Linear(64, 512), "rnn": recurrent(64, 64, 2, batch_first=True)}
+        ).eval()
 
     x = torch.randn(2, 5, 64)
     reference = make()
@@ -243,7 +253,11 @@ def test_two_processes_share_one_store():
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(RACE), str(Path(__file__).parent), drive],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OMP_NUM_THREADS": "1",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

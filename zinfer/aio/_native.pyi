@@ -123,7 +123,7 @@ class Engine:
 
     @property
     def eventfd(self) -> int:
-        """A descriptor that counts completed requests (eventfd, non-blocking)."""
+        """A descriptor that counts completed requests (eventfd, non-blocking); -1 once closed."""
 
     @property
     def bounce_bytes(self) -> int:

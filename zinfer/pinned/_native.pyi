@@ -44,13 +44,12 @@ class Pool:
         `zinfer.errors.BudgetError` when the memory, or the page lock under "on", is refused.
         """
 
-    def acquire(self, nbytes: int, timeout: float = 0.0, *, from_end: bool = False) -> Region | None:
+    def acquire(self, nbytes: int, timeout: float = 0.0) -> Region | None:
         """A contiguous region of `nbytes` bytes rounded up to a multiple of 4096, or None when none is free.
 
         Waits up to `timeout` seconds (`math.inf` allowed) for regions to return, without the GIL; signals are
         handled at least every 100 ms meanwhile. Waiters are not queued: a small request may overtake a large
-        one. Placed next-fit, so that first-in first-out use makes the pool a ring buffer; `from_end` places
-        at the highest address that fits, for what is kept for good, so that it does not cut the ring.
+        one. Placed next-fit, so that first-in first-out use makes the pool a ring buffer.
 
         Raises ValueError (`nbytes` < 1, `timeout` negative or NaN), `zinfer.errors.BudgetError` (more than
         `capacity`) and `zinfer.errors.ClosedError` (closed before or during the wait, or in a forked child).
