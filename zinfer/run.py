@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -128,11 +129,13 @@ def _run_checkpoint(
     check_config(config, folder)
     unused.pop("trust_remote_code", None)
     cls = model_class(config, folder, trust)
+    before = _written_bytes()
     where = bring_to_drive(folder, variant, nvme_path, offload, show)
+    written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
     streaming = stream(model, offload=offload, ceiling=ceiling, progress=show)
-    return attach(model, Runtime(model, streaming, where, offload, 0))
+    return attach(model, Runtime(model, streaming, where, offload, written))
 
 
 def _run_module(
@@ -158,7 +161,9 @@ def _run_module(
         raise OptionError(
             "a scripted module keeps its weights out of Python's reach; pass the module it came from"
         )
+    before = _written_bytes()
     entry, stored = store.save_module(module, nvme_path, progress=show)
+    written = _written_bytes() - before
     checkpoint = open_checkpoint(entry)
     originals: list[tuple[dict[str, Any], str, Any]] = [
         (owner._parameters, attribute, tensor)
@@ -174,7 +179,7 @@ def _run_module(
                 owner._parameters[attribute] = symbolic[id(tensor)]
         streaming = stream(module, offload=offload, ceiling=ceiling, progress=show, allocated=True)
         try:
-            attach(module, Runtime(module, streaming, entry, offload, checkpoint.nbytes))
+            attach(module, Runtime(module, streaming, entry, offload, written))
         except BaseException:
             streaming.coordinator.close()
             raise
@@ -193,6 +198,12 @@ def _stand_in(tensor: torch.Tensor, entry: TensorEntry) -> SymbolicTensor:
         back = sorted(range(tensor.dim()), key=order.__getitem__)
         stand_in = stand_in.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
     return stand_in.requires_grad_(tensor.requires_grad)
+
+
+def _written_bytes() -> int:
+    """Bytes that this process has written to files so far."""
+    written: int = psutil.Process().io_counters().write_chars
+    return written
 
 
 def _path(option: str, value: Any) -> str:

@@ -140,10 +140,8 @@ def test_a_deep_copy_shares_the_weights(model, reference):
     twin = copy.deepcopy(model)
     assert twin is not model and twin.model is not model.model and twin.config is not model.config
     ours = {p.weight for p in twin.parameters() if isinstance(p, StreamedParameter)}
-    assert (
-        sum(weight.nbytes for weight in ours) + model.zinfer.report().small_bytes
-        == model.zinfer.report().model_bytes
-    )
+    report = model.zinfer.report()
+    assert sum(weight.nbytes for weight in ours) + report.small_bytes == report.model_bytes
     assert tokens(twin) == tokens(model) == tokens(reference)
     assert tokens(copy.copy(model)) == tokens(reference)
     assert twin.zinfer is model.zinfer

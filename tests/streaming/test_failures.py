@@ -228,7 +228,7 @@ INTERRUPTED = """
 
     folder, budget, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     if delay:
-        script = [("delay", delay)] * 400
+        script = [("delay", delay)] * 40
         zinfer.device.cpu.Engine = lambda backend, **options: Engine("faults", faults=script, **options)
     ids = torch.tensor([[5, 17, 33, 101, 200, 9, 77]])
     settings = {"do_sample": False, "pad_token_id": 0}
@@ -249,7 +249,8 @@ INTERRUPTED = """
     device.engine.check_integrity()
     if sys.argv[4] == "close":
         model.zinfer.close()
-        names = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")]
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        names = [os.readlink(link) for link in links if os.path.lexists(link)]
         print("left", [name for name in names if name.endswith(".safetensors") or "io_uring" in name])
     print("done", flush=True)
 """
@@ -283,7 +284,7 @@ def test_ctrl_c_surfaces_and_the_model_works_on(delay, after, end, llama):
 
 
 def test_an_interrupt_at_any_moment_leaves_a_model_that_works(llama):
-    """Signals in quick succession, whatever runs when they arrive."""
+    """Signals in quick succession, whatever runs when they arrive; the error that is kept keeps no weight."""
     folder, expected = llama
     chooser = random.Random(7)
 
@@ -292,17 +293,17 @@ def test_an_interrupt_at_any_moment_leaves_a_model_that_works(llama):
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with run_tightly(folder, spare=40_000) as model:
-            interrupts = 0
-            for _ in range(40):
+        with run_tightly(folder) as model:
+            kept = []
+            for _ in range(60):
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0005, 0.03))
+                    signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0005, 0.02))
                     tokens(model, count=40)
-                except KeyboardInterrupt:
-                    interrupts += 1
+                except KeyboardInterrupt as error:
+                    kept.append(error)
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-            assert interrupts > 20
+            assert len(kept) > 30
             assert tokens(model) == expected
             check_device(model)
     finally:

@@ -190,7 +190,7 @@ class Coordinator:
                     self._line.remove(ticket)
 
     def _wait_in_line(self, weight: Weight, window: Pool, ticket: object, deadline: float) -> Fetch:
-        """Start `weight` as soon as there is room. The first in line takes all that comes free: large weights starve else."""
+        """Start `weight` as soon as there is room. All that comes free is the first one's, or large weights starve."""
         waits = 0
         while True:
             with self._lock:

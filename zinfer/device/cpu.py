@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ class CpuDevice:
                 return None
             address = memory.address
         request = self._read(weight.layout, memory, address, urgent)
-        fetch = Fetch(weight, request, lambda: self._tensor_of(weight, memory, address))
+        # A partial, not a closure: frames in a traceback keep their function's closure, and so would keep the region.
+        fetch = Fetch(weight, request, partial(self._tensor_of, weight, memory, address))
         weight.fetch = weakref.ref(fetch)
         return fetch
 
@@ -154,7 +156,7 @@ class CpuDevice:
                     id(node): _view(memory, start, placed)
                     for (node, placed), start in zip(provenance.leaves, starts, strict=True)
                 }
-                value = evaluate(provenance.expression, lambda node: leaves.get(id(node)), self.torch_device)
+                value = evaluate(provenance.expression, partial(_leaf, leaves), self.torch_device)
                 inside = 0 <= value.data_ptr() - address < weight.layout.nbytes
                 if weight.wants_residence and inside:  # a view would hold the window's region for good
                     value = value.clone(memory_format=torch.preserve_format)
@@ -172,6 +174,10 @@ class CpuDevice:
 def _flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     """`value` as a leaf with that flag. Detached first: of a view, views (weight.t()) ask their common base."""
     return value.detach().requires_grad_(requires_grad)
+
+
+def _leaf(leaves: dict[int, torch.Tensor], node: Any) -> torch.Tensor | None:
+    return leaves.get(id(node))
 
 
 def _view(memory: Any, start: int, placed: Placed) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """A byte-level tokenizer for a synthetic checkpoint: one id a byte, no merges, the config's special ids.
 
 Special tokens take the ids that the config names, bytes the lowest ids left. So config and tokenizer
-agree whatever the config says. Ids without a token decode to nothing.
+agree whatever the config says. The other ids, which a random model mostly emits and no text encodes to, read
+as their number: ` <27936>`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -61,9 +63,10 @@ def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast | None:
     free = (token_id for token_id in range(size) if token_id not in taken)
     alphabet = _alphabet()
     vocab = {text: token_id for token_id, text in specials.values()}
-    vocab.update(zip(alphabet, free, strict=False))
+    vocab.update(zip(alphabet, itertools.islice(free, len(alphabet)), strict=False))
     if (lost := len(alphabet) + len(taken) - len(vocab)) > 0:
         logger.warning("vocabulary of %d: the tokenizer has no id for %d of the 256 bytes", size, lost)
+    vocab.update({f"Ġ<{token_id}>": token_id for token_id in free})
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -7,6 +7,7 @@ needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -83,37 +84,49 @@ class StreamedParameter(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            return handler(func, args, kwargs or {})
-        name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
-        if kwargs or (name.endswith("_") and not name.endswith("__")):
-            _refuse_to_write(name, args, kwargs or {})
-        real = _real(args)
         try:
-            if not kwargs and not torch.is_grad_enabled():
-                return func(*real)
-            with torch.no_grad():
-                return func(*real, **{key: _real(value) for key, value in (kwargs or {}).items()})
-        finally:
-            del real  # or the traceback of an error in `func` would keep the weight in the window
+            return _run(func, args, kwargs or {})
+        except BaseException as error:
+            # Whoever keeps the error (a notebook keeps the last one) must not keep weights in the window with it.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            values = {
-                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
-            }
-            for argument in func._schema.arguments:
-                value = values.get(argument.name, kwargs.get(argument.name))
-                if argument.is_write and isinstance(value, StreamedParameter):
-                    raise _read_only(value, str(func))
-        real_args, real_kwargs = tree_map_only(StreamedParameter, _whole, (args, kwargs))
-        with torch.no_grad():
-            return func(*real_args, **real_kwargs)
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func`, called from Python, with the real tensors."""
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        return handler(func, args, kwargs)
+    name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
+    if kwargs or (name.endswith("_") and not name.endswith("__")):
+        _refuse_to_write(name, args, kwargs)
+    if not kwargs and not torch.is_grad_enabled():
+        return func(*_real(args))
+    with torch.no_grad():
+        return func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+
+
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func`, an ATen operator, with the real tensors."""
+    if func._schema.is_mutable:
+        values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        for argument in func._schema.arguments:
+            value = values.get(argument.name, kwargs.get(argument.name))
+            if argument.is_write and isinstance(value, StreamedParameter):
+                raise _read_only(value, str(func))
+    real_args, real_kwargs = tree_map_only(StreamedParameter, _whole, (args, kwargs))
+    with torch.no_grad():
+        return func(*real_args, **real_kwargs)
 
 
 def _whole(parameter: StreamedParameter) -> torch.Tensor:
