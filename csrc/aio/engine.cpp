@@ -66,6 +66,7 @@ Engine::Engine(const EngineOptions& options)
   chosen.faults = options.faults;
   std::unique_ptr<Backend> backend = make_backend(options.backend, chosen, fallbacks_);
   backend_name_ = backend->name();
+  direct_only_ = backend->direct_only();
   event_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0)
     throw OptionFailure("eventfd: " + describe_errno(errno) + "; raise `ulimit -n` or close engines");
@@ -85,6 +86,9 @@ Engine::~Engine() {
 
 void Engine::validate(const ReadExtent& extent) const {
   const FileFacts& file = extent.file->facts();
+  if (direct_only_ && !file.direct)
+    throw OptionFailure(file.path + " is not open for O_DIRECT (" + file.direct_reason + "), and " + backend_name_ +
+                        " would silently block on it; use backend=\"auto\", \"io_uring\" or \"threads\"");
   if (extent.offset < 0 || extent.length < 0) throw bad_extent(extent, "offset and length must not be negative");
   const auto size = static_cast<std::int64_t>(file.size);
   if (extent.offset > size || extent.length > size - extent.offset)

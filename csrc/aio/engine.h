@@ -53,7 +53,8 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   // Nothing is read if one extent is bad: std::invalid_argument for a negative or absurd number,
-  // DriveFailure for bytes beyond the file's size at open, ClosedFailure for a closed file or engine.
+  // DriveFailure for bytes beyond the file's size at open, ClosedFailure for a closed file or engine,
+  // OptionFailure for a buffered file that the backend would block on.
   std::shared_ptr<Request> read(const std::vector<ReadExtent>& extents, bool urgent);
 
   // Pieces not started are dropped, those in flight drain. Harmless when done or cancelled already.
@@ -83,6 +84,7 @@ class Engine {
   const std::uint64_t block_bytes_;
   const std::uint64_t slot_bytes_;
   std::string backend_name_;
+  bool direct_only_ = false;
   Fallbacks fallbacks_;
   int event_fd_ = -1;
   std::unique_ptr<Reactor> reactor_;

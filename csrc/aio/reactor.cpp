@@ -206,12 +206,14 @@ bool Reactor::start(const std::shared_ptr<Work>& work) {
 void Reactor::issue(std::size_t token) {
   const Operation& operation = operations_[token];
   const Piece& piece = operation.piece;
+  const Descriptor& file = *operation.work->files[piece.file];
   char* const start = operation.slot != nullptr
                           ? operation.slot
                           : reinterpret_cast<char*>(piece.address - (piece.offset - piece.read_offset));
   Op op;
   op.kind = OpKind::read;
-  op.fd = operation.work->files[piece.file]->fd();
+  op.fd = file.fd();
+  op.direct = file.facts().direct;
   op.address = start + operation.resume_at;
   op.length = piece.read_length - operation.resume_at;
   op.offset = piece.read_offset + operation.resume_at;

@@ -11,6 +11,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "aio/backend.h"
 #include "aio/errors.h"
@@ -21,7 +22,7 @@ namespace {
 
 class ThreadsBackend final : public Backend {
  public:
-  explicit ThreadsBackend(unsigned workers) {
+  ThreadsBackend(unsigned workers, std::function<void()> on_completion) : on_completion_(std::move(on_completion)) {
     // Signals belong to the program's own threads.
     sigset_t all, before;
     ::sigfillset(&all);
@@ -95,9 +96,11 @@ class ThreadsBackend final : public Backend {
       lock.lock();
       completed_.push_back({op.token, result});
       completions_ready_.notify_one();
+      if (on_completion_) on_completion_();
     }
   }
 
+  const std::function<void()> on_completion_;
   std::mutex mutex_;  // guards all below but workers_
   std::condition_variable ops_ready_;
   std::condition_variable completions_ready_;
@@ -110,6 +113,8 @@ class ThreadsBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_threads_backend(unsigned workers) { return std::make_unique<ThreadsBackend>(workers); }
+std::unique_ptr<Backend> make_threads_backend(unsigned workers, std::function<void()> on_completion) {
+  return std::make_unique<ThreadsBackend>(workers, std::move(on_completion));
+}
 
 }  // namespace zinfer::aio

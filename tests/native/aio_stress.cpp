@@ -117,7 +117,7 @@ int main(int count, char** arguments) {
   write_file(arguments[1]);
   for (int i = 2; i < count; ++i) {
     stress(arguments[i], arguments[1], aio::DirectMode::automatic);
-    stress(arguments[i], arguments[1], aio::DirectMode::off);
+    if (std::string(arguments[i]) != "libaio") stress(arguments[i], arguments[1], aio::DirectMode::off);
   }
   ::unlink(arguments[1]);
   return wrong == 0 ? 0 : 1;

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from zinfer.aio import Engine
+from zinfer.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "csrc/aio").glob("*.cpp")), ROOT / "tests/native/aio_stress.cpp"]
@@ -23,6 +24,14 @@ def has_io_uring() -> bool:
     engine = Engine()
     engine.close()
     return engine.backend == "io_uring" and Path("/usr/include/liburing.h").exists()
+
+
+def has_libaio() -> bool:
+    try:
+        Engine("libaio").close()
+    except OptionError:
+        return False
+    return True
 
 
 def build(sanitizer: str, folder: Path, uring: bool) -> Path:
@@ -66,7 +75,7 @@ def run(program: Path, backends: list[str]) -> None:
 
 def test_the_address_sanitizer_finds_nothing(tmp_path):
     uring = has_io_uring()
-    run(build("address", tmp_path, uring), ["threads", "faults"] + ["io_uring"] * uring)
+    run(build("address", tmp_path, uring), ["threads", "faults"] + ["libaio"] * has_libaio() + ["io_uring"] * uring)
 
 
 def test_the_thread_sanitizer_finds_nothing(tmp_path):

@@ -1,6 +1,6 @@
 """Asynchronous file reads straight to memory: `File`, `Engine`, and the `Request` to wait on.
 
-    engine = Engine()                                  # io_uring where it works, threads elsewhere
+    engine = Engine()                                  # io_uring where it works, else libaio, else threads
     file = File("model.safetensors")                   # O_DIRECT where it works, buffered elsewhere
     request = engine.read([(file, offset, length, address, False)], keepalive=buffer)
     request.wait()                                     # raises zinfer.errors.DriveError on failure

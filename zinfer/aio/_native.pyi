@@ -83,8 +83,9 @@ class Request:
 class Engine:
     """Carries out reads on its own thread. Any thread may use it, but not a forked child (`ClosedError`).
 
-    `backend`: "auto" (io_uring if a trial read works, else threads), "io_uring", "threads", or "faults", the
-    scripted backend of the tests. `bounce_slot_bytes`: size of each of `depth` slots, mapped when first
+    `backend`: "auto" (the first of io_uring, libaio and threads that serves a trial read), "io_uring", "libaio",
+    "threads", or "faults", the scripted backend of the tests. libaio blocks silently on buffered files: asked for
+    by name it refuses them, taken by "auto" it leaves them to `workers` threads. `bounce_slot_bytes`: size of each of `depth` slots, mapped when first
     needed, for bytes that cannot land in place; a power of two. `faults`: one tuple for each operation in order: `("ok",)`,
     `("short", bytes)`, `("zero",)`, `("error", errno)`, `("delay", seconds)`,
     `("hold", later operations to complete first)`.
@@ -93,7 +94,7 @@ class Engine:
 
     def __init__(
         self,
-        backend: Literal["auto", "io_uring", "threads", "faults"] = "auto",
+        backend: Literal["auto", "io_uring", "libaio", "threads", "faults"] = "auto",
         *,
         depth: int = 16,
         block_bytes: int = 4194304,
@@ -137,7 +138,8 @@ class Engine:
         """Start reading every `(file, offset, length, address, slack)`; urgent requests go before others.
 
         Nothing is read if one extent is bad: `ValueError` for negative numbers or a null address,
-        `DriveError` (errno 0) for bytes beyond the file's end, `ClosedError` for a closed file or engine.
+        `DriveError` (errno 0) for bytes beyond the file's end, `ClosedError` for a closed file or engine,
+        `OptionError` for a buffered file with backend "libaio".
         """
 
     def check_integrity(self) -> None:
