@@ -14,13 +14,13 @@
 
 namespace zinfer::aio {
 
-enum class OpKind : std::uint8_t { read };
+enum class OpKind : std::uint8_t { read, write };
 
 struct Op {
   OpKind kind = OpKind::read;
   int fd = -1;
   bool direct = false;        // fd is O_DIRECT, and the rest is aligned to suit
-  void* address = nullptr;
+  void* address = nullptr;   // only read from by a write
   std::uint64_t length = 0;  // bytes, below 2 GiB
   std::uint64_t offset = 0;
   std::uint64_t token = 0;   // the owner's, handed back as it is
@@ -46,7 +46,7 @@ class Backend {
 
 // One line of the scripted backend: what happens to one operation.
 struct Fault {
-  enum class Kind { ok, short_read, error, zero, delay, hold };
+  enum class Kind { ok, short_transfer, error, zero, delay, hold };
   Kind kind = Kind::ok;
   double value = 0;  // bytes, errno, seconds, or operations
 };

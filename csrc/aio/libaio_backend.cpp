@@ -70,7 +70,7 @@ class LibaioBackend final : public Backend {
     for (const Op& op : ops) {
       iocb block{};
       block.aio_data = op.token;
-      block.aio_lio_opcode = IOCB_CMD_PREAD;
+      block.aio_lio_opcode = op.kind == OpKind::write ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
       block.aio_fildes = static_cast<std::uint32_t>(op.fd);
       block.aio_buf = reinterpret_cast<std::uintptr_t>(op.address);
       block.aio_nbytes = op.length;

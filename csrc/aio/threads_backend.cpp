@@ -1,4 +1,4 @@
-// A pool of threads that call pread: works on every kernel, container and file system.
+// A pool of threads that call pread and pwrite: works on every kernel, container and file system.
 
 #include <pthread.h>
 #include <signal.h>
@@ -36,7 +36,7 @@ class ThreadsBackend final : public Backend {
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (failure.empty()) return;
     join();
-    throw OptionFailure("cannot start " + std::to_string(workers) + " reader threads: " + failure +
+    throw OptionFailure("cannot start " + std::to_string(workers) + " threads: " + failure +
                         "; lower workers or raise `ulimit -u`");
   }
 
@@ -91,7 +91,9 @@ class ThreadsBackend final : public Backend {
       const Op op = ops_.front();
       ops_.pop_front();
       lock.unlock();
-      const ssize_t got = ::pread(op.fd, op.address, op.length, static_cast<off_t>(op.offset));
+      const auto offset = static_cast<off_t>(op.offset);
+      const ssize_t got = op.kind == OpKind::write ? ::pwrite(op.fd, op.address, op.length, offset)
+                                                   : ::pread(op.fd, op.address, op.length, offset);
       const std::int64_t result = got < 0 ? -errno : got;
       lock.lock();
       completed_.push_back({op.token, result});

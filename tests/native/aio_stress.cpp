@@ -77,11 +77,11 @@ void stress(const std::string& backend, const char* path, aio::DirectMode mode) 
   if (backend == "faults")
     for (int i = 0; i < 400; ++i) {
       using Kind = aio::Fault::Kind;
-      const aio::Fault lines[] = {{Kind::ok, 0},       {Kind::short_read, 8192}, {Kind::error, 4},
+      const aio::Fault lines[] = {{Kind::ok, 0},       {Kind::short_transfer, 8192}, {Kind::error, 4},
                                   {Kind::delay, 1e-3}, {Kind::hold, 3},          {Kind::error, 11}};
       options.faults.push_back(lines[i % 6]);
     }
-  const aio::File file(path, mode);
+  const aio::File file(path, {aio::FileMode::read, mode, 0});
   aio::Engine engine(options);
   std::vector<std::thread> threads;
   for (int seed = 0; seed < kThreads; ++seed)
