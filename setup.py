@@ -2,7 +2,7 @@
 
 liburing is optional: with its header and library present the io_uring backend is compiled in, without
 them the thread backend serves, and `zinfer doctor` says which it is.
-ZINFER_SANITIZE=address|thread builds with that sanitizer (used by the native tests).
+ZINFER_SANITIZE=address|undefined|thread builds with that sanitizer (used by the native tests).
 """
 
 import os

@@ -18,6 +18,11 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long tests/native/test_soak.py runs."""
+    parser.addoption("--requests", type=int, default=100_000, help="random requests of the I/O soak test")
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., str]:
     """Save the tiny architecture of a given name; returns its folder."""

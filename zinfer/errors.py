@@ -6,7 +6,7 @@
     +-- CheckpointError     (ValueError)   the checkpoint is incomplete, malformed or not supported
     |   +-- CheckpointChangedError         a file was altered while it was streamed
     +-- StoreError          (OSError)      the folder under `nvme_path` cannot be used
-    +-- DriveError          (OSError)      a read failed, came up short, or could not be submitted
+    +-- DriveError          (OSError)      a read or write failed, came up short, or could not be submitted
     +-- ReadOnlyError       (RuntimeError) an attempt to write to a streamed parameter
     +-- ClosedError         (RuntimeError) use after close(), or in a forked child
 
@@ -48,7 +48,7 @@ class StoreError(ZinferError, OSError):
 
 
 class DriveError(ZinferError, OSError):
-    """A read failed.
+    """A read or write failed.
 
     Attributes: `path`, `offset` and `length` (bytes) of the piece that failed, `errno` (0 when the
     file ended early), `backend`.

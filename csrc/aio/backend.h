@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -13,12 +14,13 @@
 
 namespace zinfer::aio {
 
-enum class OpKind : std::uint8_t { read };
+enum class OpKind : std::uint8_t { read, write };
 
 struct Op {
   OpKind kind = OpKind::read;
   int fd = -1;
-  void* address = nullptr;
+  bool direct = false;        // fd is O_DIRECT, and the rest is aligned to suit
+  void* address = nullptr;   // only read from by a write
   std::uint64_t length = 0;  // bytes, below 2 GiB
   std::uint64_t offset = 0;
   std::uint64_t token = 0;   // the owner's, handed back as it is
@@ -33,6 +35,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual const char* name() const = 0;
+  // Whether a buffered operation would block submit(): the owner refuses buffered files.
+  virtual bool direct_only() const { return false; }
   // Takes all of them; what cannot be submitted completes with its -errno.
   virtual void submit(const std::vector<Op>& ops) = 0;
   // Appends completions; blocks until there is one or wake() was called since the last return.
@@ -42,7 +46,7 @@ class Backend {
 
 // One line of the scripted backend: what happens to one operation.
 struct Fault {
-  enum class Kind { ok, short_read, error, zero, delay, hold };
+  enum class Kind { ok, short_transfer, error, zero, delay, hold };
   Kind kind = Kind::ok;
   double value = 0;  // bytes, errno, seconds, or operations
 };
@@ -56,13 +60,19 @@ struct BackendOptions {
 // Backends not taken, each with its reason.
 using Fallbacks = std::vector<std::pair<std::string, std::string>>;
 
-// name: "auto", "io_uring", "threads" or "faults". "auto" takes the first that serves a real read.
+// name: "auto", "io_uring", "libaio", "threads" or "faults". "auto" takes the first of io_uring, libaio and
+// threads that serves a real read; libaio taken that way has threads beside it for buffered files.
 // Throws OptionFailure for an unknown name, or for a named backend that does not work here.
 std::unique_ptr<Backend> make_backend(const std::string& name, const BackendOptions& options, Fallbacks& fallbacks);
 
 // Throws OptionFailure with the failing call; only built with ZINFER_HAS_LIBURING=1.
 std::unique_ptr<Backend> make_io_uring_backend(unsigned depth);
-std::unique_ptr<Backend> make_threads_backend(unsigned workers);
+// Throws OptionFailure with the failing call. direct_only().
+std::unique_ptr<Backend> make_libaio_backend(unsigned depth);
+// on_completion is called by a worker after each operation, under a lock: it must not call back.
+std::unique_ptr<Backend> make_threads_backend(unsigned workers, std::function<void()> on_completion = nullptr);
+// Goes by the name of `direct`, which serves what is O_DIRECT; threads serve the rest.
+std::unique_ptr<Backend> make_mixed_backend(std::unique_ptr<Backend> direct, unsigned workers);
 std::unique_ptr<Backend> make_faults_backend(std::vector<Fault> script);
 
 }  // namespace zinfer::aio

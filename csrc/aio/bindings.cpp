@@ -89,11 +89,30 @@ DirectMode direct_mode(const std::string& text) {
   throw OptionFailure("direct must be \"auto\", \"on\" or \"off\", not \"" + text + "\"");
 }
 
+std::int64_t integer(const py::handle& number) {
+  const long long value = PyLong_AsLongLong(number.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+FileOptions file_options(const std::string& mode, const py::object& size, const std::string& direct) {
+  FileOptions options;
+  options.direct = direct_mode(direct);
+  if (mode != "r" && mode != "w") throw OptionFailure("mode must be \"r\" or \"w\", not \"" + mode + "\"");
+  options.mode = mode == "w" ? FileMode::write : FileMode::read;
+  if (size.is_none()) return options;
+  if (options.mode == FileMode::read) throw OptionFailure("size has an effect only with mode=\"w\"");
+  const std::int64_t bytes = integer(size);
+  if (bytes < 0) throw OptionFailure("size must not be negative, but is " + std::to_string(bytes));
+  options.size = static_cast<std::uint64_t>(bytes);
+  return options;
+}
+
 Fault parse_fault(const py::tuple& line) {
   const auto name = line.empty() ? std::string() : line[0].cast<std::string>();
   const bool bare = name == "ok" || name == "zero";
   Fault fault;
-  if (name == "short") fault.kind = Fault::Kind::short_read;
+  if (name == "short") fault.kind = Fault::Kind::short_transfer;
   else if (name == "error") fault.kind = Fault::Kind::error;
   else if (name == "zero") fault.kind = Fault::Kind::zero;
   else if (name == "delay") fault.kind = Fault::Kind::delay;
@@ -105,13 +124,7 @@ Fault parse_fault(const py::tuple& line) {
   return fault;
 }
 
-std::int64_t integer(const py::handle& number) {
-  const long long value = PyLong_AsLongLong(number.ptr());
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-ReadExtent parse_extent(const py::handle& item) {
+MemoryExtent parse_extent(const py::handle& item) {
   const auto row = py::cast<py::tuple>(item);
   if (row.size() != 5) throw py::value_error("an extent is (file, offset, length, address, slack)");
   return {row[0].cast<const File*>(), integer(row[1]), integer(row[2]), integer(row[3]), row[4].cast<bool>()};
@@ -257,15 +270,17 @@ class PyRequest {
   py::object keepalive_;
 };
 
+// transfer: Engine::read or Engine::write.
+template <std::shared_ptr<Request> (Engine::*transfer)(const std::vector<MemoryExtent>&, bool)>
 std::unique_ptr<PyRequest> submit(const PyEngine& engine, const py::iterable& extents, py::object keepalive,
                                   bool urgent) {
-  std::vector<ReadExtent> wanted;
+  std::vector<MemoryExtent> wanted;
   std::vector<py::object> held;  // the File objects, should the iterable make its tuples on the fly
   for (const py::handle item : extents) {
     held.push_back(py::reinterpret_borrow<py::object>(item));
     wanted.push_back(parse_extent(item));
   }
-  std::shared_ptr<Request> request = engine.usable().read(wanted, urgent);
+  std::shared_ptr<Request> request = (engine.usable().*transfer)(wanted, urgent);
   return std::make_unique<PyRequest>(std::move(request), engine.shared(), std::move(keepalive));
 }
 
@@ -285,15 +300,16 @@ py::dict stats(const PyEngine& engine) {
 
 py::list split_for_tests(const std::vector<std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, std::uint64_t, bool>>&
                              extents,
-                         std::uint64_t alignment, std::uint64_t block_bytes, std::uint64_t slot_bytes) {
+                         std::uint64_t alignment, std::uint64_t block_bytes, std::uint64_t slot_bytes, bool writing) {
   std::vector<Extent> wanted;
   for (const auto& [file, offset, length, address, slack] : extents)
     wanted.push_back({file, offset, length, address, slack});
   std::vector<Piece> pieces;
-  for (const Extent& extent : merge(wanted)) split(extent, {alignment, block_bytes, slot_bytes}, pieces);
+  const Geometry geometry{alignment, block_bytes, slot_bytes};
+  for (const Extent& extent : merge(wanted)) (writing ? split_write : split)(extent, geometry, pieces);
   py::list rows;
   for (const Piece& p : pieces)
-    rows.append(py::make_tuple(p.file, p.offset, p.length, p.address, p.read_offset, p.read_length, p.bounced));
+    rows.append(py::make_tuple(p.file, p.offset, p.length, p.address, p.span_offset, p.span_length, p.bounced));
   return rows;
 }
 
@@ -325,20 +341,22 @@ void collectable(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Asynchronous file reads straight to memory.";
+  module.doc() = "Asynchronous file reads and writes, straight to and from memory.";
   look_up_error_classes();
   py::register_local_exception_translator(translate);
 
-  py::class_<File, std::shared_ptr<File>>(module, "File", "A regular file open for reading; see zinfer.aio.")
-      .def(py::init([](const std::string& path, const std::string& direct) {
-             const DirectMode mode = direct_mode(direct);
+  py::class_<File, std::shared_ptr<File>>(module, "File", "A regular file open for reading or writing; see zinfer.aio.")
+      .def(py::init([](const std::string& path, const std::string& mode, const py::object& size,
+                       const std::string& direct) {
+             const FileOptions options = file_options(mode, size, direct);
              std::shared_ptr<File> file;
-             without_gil([&] { file = std::make_shared<File>(path, mode); });
+             without_gil([&] { file = std::make_shared<File>(path, options); });
              return file;
            }),
-           py::arg("path"), py::kw_only(), py::arg("direct") = "auto")
+           py::arg("path"), py::arg("mode") = "r", py::kw_only(), py::arg("size") = py::none(),
+           py::arg("direct") = "auto")
       .def_property_readonly("path", [](const File& file) { return file.facts().path; })
-      .def_property_readonly("size", [](const File& file) { return file.facts().size; })
+      .def_property_readonly("size", &File::size)
       .def_property_readonly("direct", [](const File& file) { return file.facts().direct; })
       .def_property_readonly("direct_reason", [](const File& file) { return file.facts().direct_reason; })
       .def_property_readonly("alignment", [](const File& file) { return file.facts().alignment; })
@@ -348,9 +366,10 @@ PYBIND11_MODULE(_native, module) {
                                return py::make_tuple(i[0], i[1], i[2], i[3], i[4]);
                              })
       .def("changed", &File::changed)
-      .def("close", &File::close);
+      .def("sync", [](const File& file) { without_gil([&] { file.sync(); }); })
+      .def("close", [](File& file) { without_gil([&] { file.close(); }); });
 
-  py::class_<PyRequest>(module, "Request", "One read in progress; see zinfer.aio.",
+  py::class_<PyRequest>(module, "Request", "One read or write in progress; see zinfer.aio.",
                         py::custom_type_setup(collectable))
       .def_property_readonly("done", [](const PyRequest& request) { return request.usable().done(); })
       .def_property_readonly("nbytes", [](const PyRequest& request) { return request.usable().nbytes(); })
@@ -358,7 +377,7 @@ PYBIND11_MODULE(_native, module) {
       .def("wait", &PyRequest::wait, py::arg("timeout") = py::none())
       .def("cancel", &PyRequest::cancel);
 
-  py::class_<PyEngine>(module, "Engine", "Carries out reads on a thread of its own; see zinfer.aio.")
+  py::class_<PyEngine>(module, "Engine", "Carries out reads and writes on a thread of its own; see zinfer.aio.")
       .def(py::init<const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                     const std::optional<std::vector<py::tuple>>&>(),
            py::arg("backend") = "auto", py::kw_only(), py::arg("depth") = 16, py::arg("block_bytes") = 4 << 20,
@@ -370,13 +389,15 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("eventfd", [](const PyEngine& engine) { return engine.usable().event_fd(); })
       .def_property_readonly("bounce_bytes", [](const PyEngine& engine) { return engine.usable().bounce_bytes(); })
       .def_property_readonly("stats", &stats)
-      .def("read", &submit, py::arg("extents"), py::arg("keepalive") = py::none(), py::kw_only(),
+      .def("read", &submit<&Engine::read>, py::arg("extents"), py::arg("keepalive") = py::none(), py::kw_only(),
+           py::arg("urgent") = false)
+      .def("write", &submit<&Engine::write>, py::arg("extents"), py::arg("keepalive") = py::none(), py::kw_only(),
            py::arg("urgent") = false)
       .def("check_integrity", &PyEngine::check_integrity)
       .def("close", &PyEngine::close);
 
   module.def("_split", &split_for_tests, py::arg("extents"), py::arg("alignment"), py::arg("block_bytes"),
-             py::arg("slot_bytes"));
+             py::arg("slot_bytes"), py::kw_only(), py::arg("writing") = false);
 
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyEngine::close_all));
 }

@@ -45,7 +45,7 @@ std::uint64_t checked_slot(std::int64_t bytes) {
   return static_cast<std::uint64_t>(bytes);
 }
 
-std::invalid_argument bad_extent(const ReadExtent& extent, const std::string& what) {
+std::invalid_argument bad_extent(const MemoryExtent& extent, const std::string& what) {
   return std::invalid_argument(extent.file->facts().path + ": " + what + " (offset " + std::to_string(extent.offset) +
                                ", length " + std::to_string(extent.length) + ", address " +
                                std::to_string(extent.address) + ")");
@@ -66,6 +66,7 @@ Engine::Engine(const EngineOptions& options)
   chosen.faults = options.faults;
   std::unique_ptr<Backend> backend = make_backend(options.backend, chosen, fallbacks_);
   backend_name_ = backend->name();
+  direct_only_ = backend->direct_only();
   event_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0)
     throw OptionFailure("eventfd: " + describe_errno(errno) + "; raise `ulimit -n` or close engines");
@@ -82,33 +83,59 @@ Engine::~Engine() {
   close();
 }
 
-void Engine::validate(const ReadExtent& extent) const {
+void Engine::validate(const MemoryExtent& extent, bool writing) const {
   const FileFacts& file = extent.file->facts();
-  if (extent.offset < 0 || extent.length < 0) throw bad_extent(extent, "offset and length must not be negative");
-  const auto size = static_cast<std::int64_t>(file.size);
-  if (extent.offset > size || extent.length > size - extent.offset)
-    throw DriveFailure(file.path + ": " + std::to_string(extent.length) + " bytes at offset " +
-                           std::to_string(extent.offset) + " were asked for, but the file's size is " +
-                           std::to_string(size) + " bytes; check that it was downloaded completely",
-                       file.path, static_cast<std::uint64_t>(extent.offset),
-                       static_cast<std::uint64_t>(extent.length), 0, backend_name_);
+  const bool writable = file.mode == FileMode::write;
+  if (writing && !writable) throw OptionFailure(file.path + " is open for reading; open it with mode=\"w\" to write");
+  if (!writing && writable) throw OptionFailure(file.path + " is open for writing; open it again with mode=\"r\" to read");
+  if (writing && extent.slack)
+    throw OptionFailure(file.path + ": slack has no meaning for a write: the bytes around it belong to the file");
+  if (direct_only_ && !file.direct)
+    throw OptionFailure(file.path + " is not open for O_DIRECT (" + file.direct_reason + "), and " + backend_name_ +
+                        " would silently block on it; use backend=\"auto\", \"io_uring\" or \"threads\"");
+  validate_range(extent, writing);
   if (extent.length == 0) return;
   if (extent.address <= 0) throw bad_extent(extent, "the address must be positive");
   if (extent.length > std::numeric_limits<std::int64_t>::max() - extent.address)
-    throw bad_extent(extent, "the destination wraps around the address space");
+    throw bad_extent(extent, "the memory wraps around the address space");
 }
 
-std::shared_ptr<Request> Engine::read(const std::vector<ReadExtent>& extents, bool urgent) {
+void Engine::validate_range(const MemoryExtent& extent, bool writing) const {
+  const FileFacts& file = extent.file->facts();
+  if (extent.offset < 0 || extent.length < 0) throw bad_extent(extent, "offset and length must not be negative");
+  constexpr auto kLargestFile = std::numeric_limits<std::int64_t>::max() - static_cast<std::int64_t>(kMaxAlignment);
+  const std::int64_t end = writing ? kLargestFile : static_cast<std::int64_t>(file.size);
+  if (extent.offset <= end && extent.length <= end - extent.offset) return;
+  if (writing) throw bad_extent(extent, "no file can be that long");
+  throw DriveFailure(file.path + ": " + std::to_string(extent.length) + " bytes at offset " +
+                         std::to_string(extent.offset) + " were asked for, but the file's size is " +
+                         std::to_string(end) + " bytes; check that it was downloaded completely",
+                     file.path, static_cast<std::uint64_t>(extent.offset), static_cast<std::uint64_t>(extent.length),
+                     0, backend_name_);
+}
+
+std::shared_ptr<Request> Engine::read(const std::vector<MemoryExtent>& extents, bool urgent) {
+  return submit(extents, urgent, false);
+}
+
+std::shared_ptr<Request> Engine::write(const std::vector<MemoryExtent>& extents, bool urgent) {
+  return submit(extents, urgent, true);
+}
+
+std::shared_ptr<Request> Engine::submit(const std::vector<MemoryExtent>& extents, bool urgent, bool writing) {
   refuse_if_forked();
   auto work = std::make_shared<Work>();
   std::vector<Extent> wanted;
   wanted.reserve(extents.size());
   std::uint64_t nbytes = 0;
   const File* previous = nullptr;
-  for (const ReadExtent& extent : extents) {
+  for (const MemoryExtent& extent : extents) {
     std::shared_ptr<const Descriptor> descriptor = extent.file->share();
-    validate(extent);
-    if (extent.file != previous) work->files.push_back(std::move(descriptor));
+    validate(extent, writing);
+    if (extent.file != previous) {
+      if (writing) work->claims.emplace_back(descriptor->writing(), descriptor->facts().path, this);
+      work->files.push_back(std::move(descriptor));
+    }
     previous = extent.file;
     wanted.push_back({static_cast<std::uint32_t>(work->files.size() - 1), static_cast<std::uint64_t>(extent.offset),
                       static_cast<std::uint64_t>(extent.length), static_cast<std::uint64_t>(extent.address),
@@ -118,13 +145,17 @@ std::shared_ptr<Request> Engine::read(const std::vector<ReadExtent>& extents, bo
   for (const Extent& extent : merge(wanted)) {
     const FileFacts& file = work->files[extent.file]->facts();
     if (file.alignment > slot_bytes_)
-      throw OptionFailure(file.path + " is read in blocks of " + std::to_string(file.alignment) +
+      throw OptionFailure(file.path + " takes blocks of " + std::to_string(file.alignment) +
                           " bytes; make the engine with bounce_slot_bytes of at least that");
     const Geometry geometry{file.alignment, block_bytes_, slot_bytes_};
-    split(extent, geometry, work->pieces);
+    if (writing)
+      split_write(extent, geometry, work->pieces);
+    else
+      split(extent, geometry, work->pieces);
   }
   work->request = std::make_shared<Request>(nbytes);
   work->urgent = urgent;
+  work->writing = writing;
   std::shared_ptr<Request> request = work->request;
   reactor_->submit(std::move(work));
   return request;

@@ -1,9 +1,9 @@
-// The reader: validates, splits and queues reads; a reactor thread carries them out.
+// The front desk: validates, splits and queues reads and writes; a reactor thread carries them out.
 //
-// Lifetime. Memory given to read() must stay valid until its Request is done. The binding sees to it: a
+// Lifetime. Memory given to read() or write() must stay valid, and that of a write unchanged, until its Request is done. The binding sees to it: a
 // Python Request holds the caller's `keepalive`, and destroying an unfinished one cancels it and blocks
 // until its pieces in flight have drained. A Python Request also holds its Engine. Destroying an Engine
-// cancels and drains whatever is left, so no backend ever writes to memory whose owner has gone.
+// cancels and drains whatever is left, so no backend ever touches memory whose owner has gone.
 //
 // Threads. Any thread may call any method.
 //
@@ -35,8 +35,8 @@ struct EngineOptions {
   std::vector<Fault> faults;           // script of the faults backend
 };
 
-// What one read wants: file[offset, offset + length) at `address`; slack as in split.h.
-struct ReadExtent {
+// What one transfer wants: file[offset, offset + length) to or from `address`; slack as in split.h, reads only.
+struct MemoryExtent {
   const File* file = nullptr;
   std::int64_t offset = 0;
   std::int64_t length = 0;
@@ -54,8 +54,13 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   // Nothing is read if one extent is bad: std::invalid_argument for a negative or absurd number,
-  // DriveFailure for bytes beyond the file's size at open, ClosedFailure for a closed file or engine.
-  std::shared_ptr<Request> read(const std::vector<ReadExtent>& extents, bool urgent);
+  // DriveFailure for bytes beyond the file's size at open, ClosedFailure for a closed file or engine,
+  // OptionFailure for a buffered file that the backend would block on.
+  std::shared_ptr<Request> read(const std::vector<MemoryExtent>& extents, bool urgent);
+  // The same for files open for writing; OptionFailure for slack and for a file another engine is writing.
+  // Writes of one engine that overlap land in submission order, urgent ones aside. After a failure or a
+  // cancellation any part of the request may have been written.
+  std::shared_ptr<Request> write(const std::vector<MemoryExtent>& extents, bool urgent);
 
   // Pieces not started are dropped, those in flight drain. Harmless when done or cancelled already.
   void cancel(Request& request);
@@ -77,13 +82,16 @@ class Engine {
   void refuse_if_forked() const;
 
  private:
-  void validate(const ReadExtent& extent) const;
+  std::shared_ptr<Request> submit(const std::vector<MemoryExtent>& extents, bool urgent, bool writing);
+  void validate(const MemoryExtent& extent, bool writing) const;
+  void validate_range(const MemoryExtent& extent, bool writing) const;
 
   const pid_t owner_;
   const unsigned depth_;
   const std::uint64_t block_bytes_;
   const std::uint64_t slot_bytes_;
   std::string backend_name_;
+  bool direct_only_ = false;
   Fallbacks fallbacks_;
   std::atomic<int> event_fd_{-1};
   std::unique_ptr<Reactor> reactor_;

@@ -7,25 +7,33 @@ namespace zinfer::aio {
 
 namespace {
 
-const char* remedy(int error, bool direct) {
+std::string remedy(bool writing, int error, bool direct) {
+  const std::string what = writing ? "write" : "read";
   switch (error) {
     case EINVAL:
-      return direct ? "the file system refused an aligned O_DIRECT read: open the file with direct=\"off\""
-                    : "the file system refused the read: copy the file to a local drive";
+      return direct ? "the file system refused an aligned O_DIRECT " + what + ": open the file with direct=\"off\""
+                    : "the file system refused the " + what + ": use a local drive";
     case EIO:
-      return "the drive reported a fault: look at `dmesg` and `smartctl -a`, then restore the file";
+      return std::string("the drive reported a fault: look at `dmesg` and `smartctl -a`, then ") +
+             (writing ? "write the file again, on another drive" : "restore the file");
     case EFAULT:
-      return "the destination is not writable memory: check the address and its length";
+      return writing ? "the source is not readable memory: check the address and its length"
+                     : "the destination is not writable memory: check the address and its length";
     case ENOMEM:
     case EAGAIN:
-      return "the kernel has no memory for the read: lower depth or block_bytes, or free memory";
+      return "the kernel has no memory for the " + what + ": lower depth or block_bytes, or free memory";
     case ECANCELED:
-      return "submit the read again if the bytes are still wanted";
+      return "submit the " + what + " again if the bytes are still wanted";
+    case ENOSPC:
+    case EDQUOT:
+      return "the drive, or its quota, is full: free space or choose another folder, then write the file again";
+    case EFBIG:
+      return "files may not be that long here: look at `ulimit -f` and the file system's limit";
     case ESTALE:
     case ENODEV:
       return "the drive or share has gone: mount it again and reopen the file";
     default:
-      return "check that the drive is mounted and the file is readable";
+      return std::string("check that the drive is mounted and the file is ") + (writing ? "writable" : "readable");
   }
 }
 
@@ -37,11 +45,11 @@ std::string range(std::uint64_t offset, std::uint64_t length) {
 
 std::string describe_errno(int error) { return std::generic_category().message(error); }
 
-DriveFailure read_failure(const std::string& path, std::uint64_t offset, std::uint64_t length, int error,
-                          const std::string& backend, bool direct) {
-  return DriveFailure(path + ": reading " + range(offset, length) + " failed: " + describe_errno(error) +
-                          " (errno " + std::to_string(error) + ", backend " + backend +
-                          (direct ? ", O_DIRECT" : ", buffered") + "); " + remedy(error, direct),
+DriveFailure transfer_failure(bool writing, const std::string& path, std::uint64_t offset, std::uint64_t length,
+                              int error, const std::string& backend, bool direct) {
+  return DriveFailure(path + (writing ? ": writing " : ": reading ") + range(offset, length) + " failed: " +
+                          describe_errno(error) + " (errno " + std::to_string(error) + ", backend " + backend +
+                          (direct ? ", O_DIRECT" : ", buffered") + "); " + remedy(writing, error, direct),
                       path, offset, length, error, backend);
 }
 

@@ -9,7 +9,7 @@
 
 namespace zinfer::aio {
 
-// A read failed, came up short or was cancelled. `error` is an errno value, 0 when the file ended early.
+// A read or write failed, came up short or was cancelled. `error` is an errno value, 0 when the file ended early.
 struct DriveFailure : std::runtime_error {
   DriveFailure(const std::string& message, std::string path_, std::uint64_t offset_, std::uint64_t length_,
                int error_, std::string backend_)
@@ -40,9 +40,9 @@ struct OptionFailure : std::runtime_error {
 // strerror() that is safe on any thread.
 std::string describe_errno(int error);
 
-// The message every failed read carries: path, offset, length, cause, backend and remedy.
-DriveFailure read_failure(const std::string& path, std::uint64_t offset, std::uint64_t length, int error,
-                          const std::string& backend, bool direct);
+// The message every failed read or write carries: path, offset, length, cause, backend and remedy.
+DriveFailure transfer_failure(bool writing, const std::string& path, std::uint64_t offset, std::uint64_t length,
+                              int error, const std::string& backend, bool direct);
 
 // The file holds fewer bytes than were wanted; `ended_at` is the first offset that has none.
 DriveFailure ended_early(const std::string& path, std::uint64_t offset, std::uint64_t length,

@@ -1,5 +1,5 @@
-// Scripted faults, for tests: real preads, done at the moment each operation completes, so that memory is
-// written as late as a slow drive would write it. One script line an operation, in submission order.
+// Scripted faults, for tests: real preads and pwrites, done at the moment each operation completes, so that
+// memory is used as late as a slow drive would use it. One script line an operation, in submission order.
 
 #include <unistd.h>
 
@@ -12,6 +12,7 @@
 #include <mutex>
 
 #include "aio/backend.h"
+#include "aio/file.h"
 
 namespace zinfer::aio {
 
@@ -26,13 +27,26 @@ struct Pending {
   long held_for = 0;  // later operations that must complete first
 };
 
+// Reports `most` bytes at most. A direct write takes whole blocks only: the last one, reported in part, is left
+// as it was, so that whoever does not write it again is found out.
+std::int64_t perform_write(const Op& op, std::uint64_t most) {
+  const std::uint64_t reported = std::min(most, op.length);
+  const std::uint64_t taken = op.direct && reported < op.length ? reported / kDirectAlignment * kDirectAlignment : reported;
+  if (taken == 0) return static_cast<std::int64_t>(reported);
+  const ssize_t put = ::pwrite(op.fd, op.address, taken, static_cast<off_t>(op.offset));
+  if (put < 0) return -errno;
+  return static_cast<std::uint64_t>(put) < taken ? put : static_cast<std::int64_t>(reported);
+}
+
 std::int64_t perform(const Pending& pending) {
   const Op& op = pending.op;
   if (pending.fault.kind == Fault::Kind::error) return -static_cast<std::int64_t>(pending.fault.value);
   if (pending.fault.kind == Fault::Kind::zero) return 0;
+  const bool cut = pending.fault.kind == Fault::Kind::short_transfer;
+  if (op.kind == OpKind::write) return perform_write(op, cut ? static_cast<std::uint64_t>(pending.fault.value) : op.length);
   const ssize_t got = ::pread(op.fd, op.address, op.length, static_cast<off_t>(op.offset));
   if (got < 0) return -errno;
-  if (pending.fault.kind != Fault::Kind::short_read) return got;
+  if (!cut) return got;
   const auto kept = std::min<std::int64_t>(got, static_cast<std::int64_t>(pending.fault.value));
   // What was not reported as read must not look as if it had been.
   std::memset(static_cast<char*>(op.address) + kept, 0xDB, static_cast<std::size_t>(got - kept));

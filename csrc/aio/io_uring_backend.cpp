@@ -57,7 +57,11 @@ class IoUringBackend final : public Backend {
         refused_.push_back({op.token, broken_ ? -broken_ : -EAGAIN});
         continue;
       }
-      ::io_uring_prep_read(entry, op.fd, op.address, static_cast<unsigned>(op.length), op.offset);
+      const auto length = static_cast<unsigned>(op.length);
+      if (op.kind == OpKind::write)
+        ::io_uring_prep_write(entry, op.fd, op.address, length, op.offset);
+      else
+        ::io_uring_prep_read(entry, op.fd, op.address, length, op.offset);
       entry->user_data = op.token;
       queued_.push_back(op.token);
     }

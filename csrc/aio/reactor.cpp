@@ -49,7 +49,7 @@ Reactor::~Reactor() { stop(); }
 
 void Reactor::submit(std::shared_ptr<Work> work) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (stopping_) throw ClosedFailure("the engine was closed; make a new one to read");
+  if (stopping_) throw ClosedFailure("the engine was closed; make a new one");
   stats_.requests += 1;
   stats_.bytes_requested += work->request->nbytes();
   open_requests_ += 1;
@@ -163,6 +163,16 @@ void Reactor::fill() {
       issue(token);
   }
   retries_.clear();
+  std::size_t kept = 0;
+  for (const std::size_t token : parked_) {
+    if (failing(*operations_[token].work))
+      end_operation(token);
+    else if (must_wait(operations_[token]))
+      parked_[kept++] = token;
+    else
+      issue(token);
+  }
+  parked_.resize(kept);
   for (auto* queue : {&urgent_, &normal_}) {
     while (!queue->empty()) {
       const std::shared_ptr<Work> work = queue->front();
@@ -195,26 +205,57 @@ bool Reactor::start(const std::shared_ptr<Work>& work) {
   operation.work = work;
   operation.piece = piece;
   operation.slot = slot;
+  operation.order = ++started_;
   work->next += 1;
   work->in_flight += 1;
   delta_.pieces += 1;
-  issue(token);
+  if (work->writing) prepare_write(operation);
+  if (work->writing && must_wait(operation))
+    parked_.push_back(token);
+  else
+    issue(token);
   return true;
 }
 
-// Queues the rest of the operation's read, from where it resumes.
+// Fills the slot of a bounced write; the block of an edge must be fetched first, unless it holds only zeros.
+void Reactor::prepare_write(Operation& operation) {
+  const Piece& piece = operation.piece;
+  const Descriptor& file = *operation.work->files[piece.file];
+  const bool fresh = file.writing()->touch(piece.span_offset, piece.span_offset + piece.span_length);
+  if (operation.slot == nullptr) return;
+  const bool edge = piece.span_length != piece.length;
+  operation.fetching = edge && !fresh;
+  if (operation.fetching) return;
+  if (edge) std::memset(operation.slot, 0, piece.span_length);
+  change_block(operation);
+}
+
+bool Reactor::must_wait(const Operation& operation) const {
+  const Piece& piece = operation.piece;
+  const Descriptor* const file = operation.work->files[piece.file].get();
+  return std::any_of(operations_.begin(), operations_.end(), [&](const Operation& other) {
+    return other.work && other.order < operation.order && other.work->writing &&
+           other.work->files[other.piece.file].get() == file &&
+           other.piece.span_offset < piece.span_offset + piece.span_length &&
+           piece.span_offset < other.piece.span_offset + other.piece.span_length;
+  });
+}
+
+// Queues the rest of the operation's transfer, from where it resumes.
 void Reactor::issue(std::size_t token) {
   const Operation& operation = operations_[token];
   const Piece& piece = operation.piece;
+  const Descriptor& file = *operation.work->files[piece.file];
   char* const start = operation.slot != nullptr
                           ? operation.slot
-                          : reinterpret_cast<char*>(piece.address - (piece.offset - piece.read_offset));
+                          : reinterpret_cast<char*>(piece.address - (piece.offset - piece.span_offset));
   Op op;
-  op.kind = OpKind::read;
-  op.fd = operation.work->files[piece.file]->fd();
+  op.kind = operation.work->writing && !operation.fetching ? OpKind::write : OpKind::read;
+  op.fd = file.fd();
+  op.direct = file.facts().direct;
   op.address = start + operation.resume_at;
-  op.length = piece.read_length - operation.resume_at;
-  op.offset = piece.read_offset + operation.resume_at;
+  op.length = piece.span_length - operation.resume_at;
+  op.offset = piece.span_offset + operation.resume_at;
   op.token = token;
   ops_.push_back(op);
 }
@@ -236,16 +277,23 @@ void Reactor::complete(const Completion& completion) {
   delta_.bytes_transferred += got;
   if (failing(work)) return end_operation(token);
   const std::uint64_t arrived = operation.resume_at + got;
-  const std::uint64_t wanted = piece.offset + piece.length - piece.read_offset;
-  if (arrived >= wanted) {
-    deliver(operation);
+  // What a read brings behind the wanted bytes is of no interest.
+  const std::uint64_t wanted = work.writing ? piece.span_length : piece.offset + piece.length - piece.span_offset;
+  if (arrived >= wanted) return end_transfer(token);
+  // A direct read that ends inside a block is the file's end, or a drive that came up short: ask again.
+  const Descriptor& file = *work.files[piece.file];
+  const bool stalled = arrived <= operation.delivered;
+  if (stalled && operation.fetching && file.size_now() <= piece.span_offset + arrived) {
+    std::memset(operation.slot + arrived, 0, piece.span_length - arrived);
+    return end_transfer(token);
+  }
+  const bool hopeless = stalled && ++operation.stalls >= kMaxStalls;
+  if (work.writing && hopeless) {
+    fail(work, failure_of(work, piece, EIO));
     return end_operation(token);
   }
-  // A direct read that ends inside a block is the file's end, or a drive that came up short: ask again.
-  const bool stalled = arrived <= operation.delivered;
-  if (got == 0 || (stalled && ++operation.stalls >= kMaxStalls)) {
-    const Descriptor& file = *work.files[piece.file];
-    const std::uint64_t seen = piece.read_offset + std::max(arrived, operation.delivered);
+  if (!work.writing && (got == 0 || hopeless)) {
+    const std::uint64_t seen = piece.span_offset + std::max(arrived, operation.delivered);
     const std::uint64_t end = std::min(seen, file.size_now());  // a read behind the end sees only zero
     fail(work, ended_early(file.facts().path, piece.offset, piece.length, end, backend_name_));
     return end_operation(token);
@@ -253,10 +301,36 @@ void Reactor::complete(const Completion& completion) {
   resume(token, arrived);
 }
 
+// All bytes of the span have been moved.
+void Reactor::end_transfer(std::size_t token) {
+  Operation& operation = operations_[token];
+  const Piece& piece = operation.piece;
+  if (!operation.work->writing) {
+    deliver(operation);
+    return end_operation(token);
+  }
+  if (!operation.fetching) {
+    operation.work->files[piece.file]->writing()->wrote(piece.offset + piece.length);
+    return end_operation(token);
+  }
+  change_block(operation);
+  operation.fetching = false;
+  operation.resume_at = operation.delivered = 0;
+  operation.stalls = 0;
+  retries_.push_back(token);
+}
+
 void Reactor::deliver(Operation& operation) {
   if (operation.slot == nullptr) return;
   const Piece& piece = operation.piece;
-  std::memcpy(reinterpret_cast<char*>(piece.address), operation.slot + (piece.offset - piece.read_offset),
+  std::memcpy(reinterpret_cast<char*>(piece.address), operation.slot + (piece.offset - piece.span_offset),
+              piece.length);
+  delta_.bounced_bytes += piece.length;
+}
+
+void Reactor::change_block(Operation& operation) {
+  const Piece& piece = operation.piece;
+  std::memcpy(operation.slot + (piece.offset - piece.span_offset), reinterpret_cast<const char*>(piece.address),
               piece.length);
   delta_.bounced_bytes += piece.length;
 }
@@ -323,7 +397,8 @@ void Reactor::publish() {
   }
   delta_ = Stats{};
   for (const std::shared_ptr<Work>& work : ended_) {
-    work->files.clear();  // descriptors first: who sees done may count them
+    work->files.clear();   // descriptors first: who sees done may count them
+    work->claims.clear();  // then, so that who closes a written file holds the last of its descriptor
     work->request->finish(std::move(work->failure));
     const std::uint64_t one = 1;
     if (::write(event_fd_, &one, sizeof one) != sizeof one) continue;  // a full counter is readable anyway
@@ -333,11 +408,11 @@ void Reactor::publish() {
 
 DriveFailure Reactor::failure_of(const Work& work, const Piece& piece, int error) const {
   const FileFacts& file = work.files[piece.file]->facts();
-  return read_failure(file.path, piece.offset, piece.length, error, backend_name_, file.direct);
+  return transfer_failure(work.writing, file.path, piece.offset, piece.length, error, backend_name_, file.direct);
 }
 
 DriveFailure Reactor::cancelled_failure(const Work& work) const {
-  if (work.pieces.empty()) return DriveFailure("an empty read was cancelled", "", 0, 0, ECANCELED, backend_name_);
+  if (work.pieces.empty()) return DriveFailure("an empty request was cancelled", "", 0, 0, ECANCELED, backend_name_);
   return failure_of(work, work.pieces.front(), ECANCELED);
 }
 

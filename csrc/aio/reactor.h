@@ -21,6 +21,7 @@
 #include "aio/file.h"
 #include "aio/request.h"
 #include "aio/split.h"
+#include "aio/write_state.h"
 
 namespace zinfer::aio {
 
@@ -28,9 +29,9 @@ struct Stats {
   std::uint64_t requests = 0;
   std::uint64_t pieces = 0;
   std::uint64_t bytes_requested = 0;
-  std::uint64_t bytes_transferred = 0;  // what the drive delivered, aligned supersets included
-  std::uint64_t bounced_bytes = 0;      // copied out of bounce slots
-  std::uint64_t retries = 0;            // operations submitted again: EINTR, EAGAIN, short reads
+  std::uint64_t bytes_transferred = 0;  // what the drive delivered and took, aligned supersets included
+  std::uint64_t bounced_bytes = 0;      // copied out of and into bounce slots
+  std::uint64_t retries = 0;            // operations submitted again: EINTR, EAGAIN, short reads and writes
   std::uint64_t errors = 0;             // failed requests; cancelled ones are not counted
   double busy_seconds = 0;              // with at least one operation in flight
 };
@@ -39,7 +40,9 @@ struct Stats {
 struct Work {
   std::shared_ptr<Request> request;
   std::vector<std::shared_ptr<const Descriptor>> files;  // Piece::file indexes this
+  std::vector<WriteClaim> claims;  // on those files; empty for a read
   std::vector<Piece> pieces;
+  bool writing = false;
   bool urgent = false;
   std::size_t next = 0;       // first piece not submitted yet
   std::size_t in_flight = 0;  // pieces submitted and not ended
@@ -69,15 +72,20 @@ class Reactor {
  private:
   // An operation slot: its index is the token the backend hands back.
   //
-  //   free -> in flight -> (retry -> in flight)* -> free
+  //   free -> [parked ->] in flight -> (retry -> in flight)* -> free
+  //
+  // A write is parked while an earlier one overlaps its blocks: so overlapping writes land in the order in
+  // which they were started, and an edge is read, changed and written with nobody in between.
   struct Operation {
     std::shared_ptr<Work> work;
     Piece piece;
     char* slot = nullptr;          // bounce memory, or null
-    std::uint64_t resume_at = 0;   // bytes of the read that need not be read again (aligned)
-    std::uint64_t delivered = 0;   // bytes of the read that have arrived
+    std::uint64_t order = 0;       // counts operations as they start
+    bool fetching = false;         // an edge whose block is being read, to be changed and written
+    std::uint64_t resume_at = 0;   // bytes of the span that need not be moved again (aligned)
+    std::uint64_t delivered = 0;   // bytes of the span that have been moved
     unsigned tries = 0;            // EINTR and EAGAIN so far
-    unsigned stalls = 0;           // resumed reads that brought nothing new
+    unsigned stalls = 0;           // resumed transfers that brought nothing new
   };
 
   void run();
@@ -85,9 +93,13 @@ class Reactor {
   void drop_cancelled();
   void fill();
   bool start(const std::shared_ptr<Work>& work);
+  void prepare_write(Operation& operation);
+  bool must_wait(const Operation& operation) const;
   void issue(std::size_t token);
   void complete(const Completion& completion);
+  void end_transfer(std::size_t token);
   void deliver(Operation& operation);
+  void change_block(Operation& operation);
   void retry(std::size_t token);
   void resume(std::size_t token, std::uint64_t arrived);
   void fail(Work& work, const DriveFailure& failure);
@@ -122,6 +134,8 @@ class Reactor {
   std::vector<Operation> operations_;
   std::vector<std::size_t> free_tokens_;
   std::vector<std::size_t> retries_;   // in operations_, to be issued again
+  std::vector<std::size_t> parked_;    // in operations_, in their order
+  std::uint64_t started_ = 0;          // operations
   std::vector<Op> ops_;                // to be submitted this turn
   std::vector<Completion> completions_;
   std::vector<std::shared_ptr<Work>> ended_;

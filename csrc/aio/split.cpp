@@ -12,7 +12,7 @@ constexpr std::uint64_t kSmallBytes = 64 << 10;
 std::uint64_t down(std::uint64_t value, std::uint64_t unit) { return value / unit * unit; }
 std::uint64_t up(std::uint64_t value, std::uint64_t unit) { return down(value + unit - 1, unit); }
 
-// Cuts the wanted range [first, last) at multiples of `cut`; each read is its aligned superset.
+// Cuts the wanted range [first, last) at multiples of `cut`; each span is its aligned superset.
 void cut_range(const Extent& extent, std::uint64_t first, std::uint64_t last, std::uint64_t cut,
                std::uint64_t alignment, bool bounced, std::vector<Piece>& pieces) {
   for (std::uint64_t at = first; at < last;) {
@@ -22,8 +22,8 @@ void cut_range(const Extent& extent, std::uint64_t first, std::uint64_t last, st
     piece.offset = at;
     piece.length = end - at;
     piece.address = extent.address + (at - extent.offset);
-    piece.read_offset = down(at, alignment);
-    piece.read_length = up(end, alignment) - piece.read_offset;
+    piece.span_offset = down(at, alignment);
+    piece.span_length = up(end, alignment) - piece.span_offset;
     piece.bounced = bounced;
     pieces.push_back(piece);
     at = end;
@@ -77,6 +77,20 @@ void split(const Extent& extent, const Geometry& geometry, std::vector<Piece>& p
   cut_range(extent, first, inner_first, bounce_cut, alignment, true, pieces);
   cut_range(extent, inner_first, inner_last, block, alignment, false, pieces);
   cut_range(extent, inner_last, last, bounce_cut, alignment, true, pieces);
+}
+
+void split_write(const Extent& extent, const Geometry& geometry, std::vector<Piece>& pieces) {
+  const std::uint64_t alignment = geometry.alignment;
+  const std::uint64_t block = up(geometry.block_bytes, alignment);
+  const std::uint64_t bounce_cut = std::min(block, down(geometry.slot_bytes, alignment));
+  const std::uint64_t first = extent.offset;
+  const std::uint64_t last = extent.offset + extent.length;
+  const bool bounced = extent.address % alignment != first % alignment;
+  const std::uint64_t inner_first = std::min(up(first, alignment), last);
+  const std::uint64_t inner_last = std::max(down(last, alignment), inner_first);
+  cut_range(extent, first, inner_first, alignment, alignment, true, pieces);
+  cut_range(extent, inner_first, inner_last, bounced ? bounce_cut : block, alignment, bounced, pieces);
+  cut_range(extent, inner_last, last, alignment, alignment, true, pieces);
 }
 
 }  // namespace zinfer::aio

@@ -1,9 +1,17 @@
 // Extents -> pieces. Pure functions on plain data: no descriptor, no memory is touched.
 //
+// Reads:
+//
 //   file     |----A----|----A----|----A----|----A----|        A = alignment
 //   wanted         [=========================)
 //   slack    [-----================================--)        one aligned superset, straight to memory
 //   exact    [head)    [===== interior =====)[tail)           head and tail through a bounce slot
+//
+// Writes, where a block that is wanted in part must keep the rest of what it holds:
+//
+//   wanted         [=========================)
+//   congruent      [edge)[=== interior ==)[edge)          the interior straight from memory; an edge is one
+//   otherwise      [edge)[--- bounced ---)[edge)          block, read, changed in a bounce slot and written
 //
 // Pieces are cut at multiples of block_bytes of the FILE offset, so two readers of neighbouring ranges
 // never read the same block twice and every cut is aligned.
@@ -24,15 +32,15 @@ struct Extent {
   bool slack = false;
 };
 
-// One operation: read [read_offset, +read_length), deliver [offset, +length) to `address`.
-// Not bounced: the read lands at address - (offset - read_offset).
+// One operation: move [span_offset, +span_length) so that [offset, +length) comes to, or from, `address`.
+// Not bounced: the span in memory starts at address - (offset - span_offset).
 struct Piece {
   std::uint32_t file = 0;
   std::uint64_t offset = 0;
   std::uint64_t length = 0;
   std::uint64_t address = 0;
-  std::uint64_t read_offset = 0;
-  std::uint64_t read_length = 0;
+  std::uint64_t span_offset = 0;
+  std::uint64_t span_length = 0;
   bool bounced = false;
 };
 
@@ -46,7 +54,9 @@ struct Geometry {
 // Joins neighbours that are contiguous in file and in memory; drops empty extents; keeps the order.
 std::vector<Extent> merge(const std::vector<Extent>& extents);
 
-// Appends the pieces of one extent in file order.
+// Appends the pieces of one extent in file order, to read it.
 void split(const Extent& extent, const Geometry& geometry, std::vector<Piece>& pieces);
+// The same, to write it: a piece is an edge or its span is exactly what is wanted.
+void split_write(const Extent& extent, const Geometry& geometry, std::vector<Piece>& pieces);
 
 }  // namespace zinfer::aio

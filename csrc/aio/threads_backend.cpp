@@ -1,4 +1,4 @@
-// A pool of threads that call pread: works on every kernel, container and file system.
+// A pool of threads that call pread and pwrite: works on every kernel, container and file system.
 
 #include <pthread.h>
 #include <signal.h>
@@ -11,6 +11,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "aio/backend.h"
 #include "aio/errors.h"
@@ -21,7 +22,7 @@ namespace {
 
 class ThreadsBackend final : public Backend {
  public:
-  explicit ThreadsBackend(unsigned workers) {
+  ThreadsBackend(unsigned workers, std::function<void()> on_completion) : on_completion_(std::move(on_completion)) {
     // Signals belong to the program's own threads.
     sigset_t all, before;
     ::sigfillset(&all);
@@ -35,7 +36,7 @@ class ThreadsBackend final : public Backend {
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (failure.empty()) return;
     join();
-    throw OptionFailure("cannot start " + std::to_string(workers) + " reader threads: " + failure +
+    throw OptionFailure("cannot start " + std::to_string(workers) + " threads: " + failure +
                         "; lower workers or raise `ulimit -u`");
   }
 
@@ -90,14 +91,18 @@ class ThreadsBackend final : public Backend {
       const Op op = ops_.front();
       ops_.pop_front();
       lock.unlock();
-      const ssize_t got = ::pread(op.fd, op.address, op.length, static_cast<off_t>(op.offset));
+      const auto offset = static_cast<off_t>(op.offset);
+      const ssize_t got = op.kind == OpKind::write ? ::pwrite(op.fd, op.address, op.length, offset)
+                                                   : ::pread(op.fd, op.address, op.length, offset);
       const std::int64_t result = got < 0 ? -errno : got;
       lock.lock();
       completed_.push_back({op.token, result});
       completions_ready_.notify_one();
+      if (on_completion_) on_completion_();
     }
   }
 
+  const std::function<void()> on_completion_;
   std::mutex mutex_;  // guards all below but workers_
   std::condition_variable ops_ready_;
   std::condition_variable completions_ready_;
@@ -110,6 +115,8 @@ class ThreadsBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_threads_backend(unsigned workers) { return std::make_unique<ThreadsBackend>(workers); }
+std::unique_ptr<Backend> make_threads_backend(unsigned workers, std::function<void()> on_completion) {
+  return std::make_unique<ThreadsBackend>(workers, std::move(on_completion));
+}
 
 }  // namespace zinfer::aio

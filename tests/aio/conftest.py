@@ -1,6 +1,5 @@
 """Files whose every 8-byte word holds its own offset, buffers with canaries, engines checked at the end."""
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -13,6 +12,7 @@ import pytest
 
 import zinfer
 from zinfer.aio import Engine, File
+from zinfer.errors import OptionError
 
 DEADLINE = 20.0
 CANARY = 0xA5
@@ -65,14 +65,24 @@ def words(make_file):
     return make_file(length), word_bytes(length)
 
 
-def io_uring_missing() -> str:
-    with contextlib.closing(Engine()) as engine:
-        return dict(engine.fallbacks).get("io_uring", "")
+def needs(backend: str) -> pytest.MarkDecorator:
+    """Skips where `backend` does not work, saying why."""
+    try:
+        Engine(backend).close()
+    except OptionError as error:
+        return pytest.mark.skipif(True, reason=str(error))
+    return pytest.mark.skipif(False, reason="")
 
 
-IO_URING_MISSING = io_uring_missing()
-needs_io_uring = pytest.mark.skipif(bool(IO_URING_MISSING), reason=IO_URING_MISSING)
-BACKENDS = [pytest.param("io_uring", marks=needs_io_uring), "threads", "faults"]
+needs_io_uring, needs_libaio = needs("io_uring"), needs("libaio")
+REAL = [pytest.param("io_uring", marks=needs_io_uring), pytest.param("libaio", marks=needs_libaio), "threads"]
+BACKENDS = [*REAL, "faults"]
+
+
+def skip_refused(backend: str, file: File) -> None:
+    """Buffered files given to libaio are refused; test_libaio.py says so."""
+    if backend == "libaio" and not file.direct:
+        pytest.skip("libaio takes O_DIRECT files only")
 
 
 @pytest.fixture(params=BACKENDS)

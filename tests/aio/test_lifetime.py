@@ -13,10 +13,9 @@ import pytest
 from zinfer.aio import Engine, File
 from zinfer.errors import ClosedError, DriveError
 
-from .conftest import DEADLINE, Memory, needs_io_uring, read, run_python
+from .conftest import DEADLINE, REAL, Memory, read, run_python
 
 BLOCK = 64 << 10
-REAL = [pytest.param("io_uring", marks=needs_io_uring), "threads"]
 
 
 @pytest.fixture

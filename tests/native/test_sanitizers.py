@@ -1,54 +1,31 @@
-"""The native I/O engine under AddressSanitizer and ThreadSanitizer."""
+"""The native I/O engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
 
 import os
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from zinfer.aio import Engine
+from .compiling import AIO, COMPILER, compile_program, has_io_uring, needs_compiler, works
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*sorted((ROOT / "csrc/aio").glob("*.cpp")), ROOT / "tests/native/aio_stress.cpp"]
-COMPILER = os.environ.get("CXX", "g++")
-
-pytestmark = pytest.mark.skipif(
-    shutil.which(COMPILER) is None or not SOURCES[0].exists(), reason="no compiler or no native sources here"
-)
-
-
-def has_io_uring() -> bool:
-    engine = Engine()
-    engine.close()
-    return engine.backend == "io_uring" and Path("/usr/include/liburing.h").exists()
+pytestmark = needs_compiler
 
 
 def build(sanitizer: str, folder: Path, uring: bool) -> Path:
     """Compile and link the stress program; skips where the compiler lacks the sanitizer."""
-    skipped = {"bindings.cpp"} | (set() if uring else {"io_uring_backend.cpp"})
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", f"-I{ROOT / 'csrc'}"]
-    flags += [f"-DZINFER_HAS_LIBURING={int(uring)}"]
-
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        subprocess.run([COMPILER, *flags, "-c", str(source), "-o", str(target)], check=True, timeout=120)
-        return str(target)
-
+    flags = [
+        "-O1",
+        "-g",
+        f"-fsanitize={sanitizer}",
+        *(["-fno-sanitize-recover"] * (sanitizer == "undefined")),
+    ]
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
-    probed = subprocess.run(
-        [COMPILER, *flags, str(probe), "-o", str(folder / "probe")], capture_output=True, check=False
-    )
+    command = [COMPILER, *flags, str(probe), "-o", str(folder / "probe")]
+    probed = subprocess.run(command, capture_output=True, check=False)
     if probed.returncode != 0 or subprocess.run([str(folder / "probe")], check=False).returncode != 0:
         pytest.skip(f"{COMPILER} has no working -fsanitize={sanitizer}")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [source for source in SOURCES if source.name not in skipped]))
-    program = folder / "aio_stress"
-    links = ["-luring"] if uring else []
-    subprocess.run([COMPILER, *flags, *objects, "-o", str(program), *links], check=True, timeout=120)
-    return program
+    return compile_program("aio_stress", AIO, folder, flags, uring)
 
 
 def run(program: Path, backends: list[str]) -> None:
@@ -64,11 +41,15 @@ def run(program: Path, backends: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_the_address_sanitizer_finds_nothing(tmp_path):
-    uring = has_io_uring()
-    run(build("address", tmp_path, uring), ["threads", "faults"] + ["io_uring"] * uring)
+def every_backend() -> list[str]:
+    return ["threads", "faults"] + ["libaio"] * works("libaio") + ["io_uring"] * has_io_uring()
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "undefined"])
+def test_a_sanitizer_finds_nothing(tmp_path, sanitizer):
+    run(build(sanitizer, tmp_path, has_io_uring()), every_backend())
 
 
 def test_the_thread_sanitizer_finds_nothing(tmp_path):
-    # Not io_uring: the kernel's writes and its ring's ordering are invisible to this sanitizer.
+    # Not io_uring and libaio: the kernel's writes and its ring's ordering are invisible to this sanitizer.
     run(build("thread", tmp_path, uring=False), ["threads", "faults"])

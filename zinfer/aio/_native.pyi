@@ -8,33 +8,45 @@ class Stats(TypedDict):
     pieces: int
     bytes_requested: int
     bytes_transferred: int
-    """What the drive delivered, aligned supersets and repeated reads included."""
+    """What the drive delivered and took, aligned supersets and repetitions included."""
     bounced_bytes: int
-    """Bytes copied out of bounce memory."""
+    """Bytes copied out of and into bounce memory."""
     retries: int
-    """Operations submitted again: EINTR, EAGAIN, short reads."""
+    """Operations submitted again: EINTR, EAGAIN, short reads and writes."""
     errors: int
     """Failed requests; cancelled ones are not counted."""
     busy_seconds: float
     """Time with at least one piece in flight."""
 
 class File:
-    """A regular file open for reading. Any thread may use it.
+    """A regular file open for reading ("r") or writing ("w"). Any thread may use it.
 
-    Its descriptor is closed when the file is closed or gone and the last read from it has ended.
+    Its descriptor is closed when the file is closed or gone and the last request on it has ended.
     Raises `DriveError` (backend "open") when it is missing, not a regular file, or `direct="on"` is refused.
+
+    "w" creates the file, or empties it; it cannot be read. `size` reserves that many bytes: `DriveError` (backend
+    "fallocate", errno ENOSPC) tells what is needed and what is free, and removes the file if it is new. A file
+    that was given its size is also the one that libaio writes without blocking. It grows when written beyond.
+    It is written by one `File` (flock) and by one engine at a time.
     """
 
-    def __init__(self, path: str, *, direct: Literal["auto", "on", "off"] = "auto") -> None: ...
+    def __init__(
+        self,
+        path: str,
+        mode: Literal["r", "w"] = "r",
+        *,
+        size: int | None = None,
+        direct: Literal["auto", "on", "off"] = "auto",
+    ) -> None: ...
     @property
     def path(self) -> str: ...
     @property
     def size(self) -> int:
-        """Bytes, at open."""
+        """Bytes: at open; when written, `size` or the end of what has been written, whichever is more."""
 
     @property
     def direct(self) -> bool:
-        """Whether reads bypass the page cache (O_DIRECT)."""
+        """Whether transfers bypass the page cache (O_DIRECT)."""
 
     @property
     def direct_reason(self) -> str:
@@ -55,14 +67,25 @@ class File:
         that was deleted, or replaced by a rename, still reads as it was.
         """
 
+    def sync(self) -> None:
+        """Make what has been written durable (fdatasync); requests in flight are not waited for.
+
+        Raises `DriveError`, `OptionError` for a file open for reading, `ClosedError` after `close()`.
+        """
+
     def close(self) -> None:
-        """Refuse later reads (`ClosedError`); reads in flight finish."""
+        """Refuse later requests (`ClosedError`); those in flight finish. Idempotent.
+
+        A file open for writing waits for its writes, gets its true size and is made durable (fsync): raises
+        `DriveError` if that fails, and is closed all the same. One that is dropped instead gets its size, but
+        nobody hears of a failure.
+        """
 
 class Request:
-    """One read in progress, made by `Engine.read`.
+    """One read or write in progress, made by `Engine.read` or `Engine.write`.
 
     Holds its `keepalive` and its engine. Destroying an unfinished request cancels it and blocks until nothing
-    of it is in flight, so memory is never written after the keepalive has gone.
+    of it is in flight, so memory is never touched after the keepalive has gone.
     """
 
     @property
@@ -76,28 +99,30 @@ class Request:
         """From submission to completion; so far, while not done."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Return True once the bytes are there, False after `timeout` seconds.
+        """Return True once the bytes have moved, False after `timeout` seconds.
 
-        Raises `DriveError` if the read failed or was cancelled (errno ECANCELED), every time it is called.
+        Raises `DriveError` if the request failed or was cancelled (errno ECANCELED), every time it is called.
         """
 
     def cancel(self) -> None:
         """Drop the pieces not started; those in flight drain. Harmless when done."""
 
 class Engine:
-    """Carries out reads on its own thread. Any thread may use it, but not a forked child (`ClosedError`).
+    """Carries out reads and writes on its own thread. Any thread may use it, but not a forked child (`ClosedError`).
 
-    `backend`: "auto" (io_uring if a trial read works, else threads), "io_uring", "threads", or "faults", the
-    scripted backend of the tests. `bounce_slot_bytes`: size of each of `depth` slots, mapped when first
-    needed, for bytes that cannot land in place; a power of two. `faults`: one tuple for each operation in
-    order: `("ok",)`, `("short", bytes)`, `("zero",)`, `("error", errno)`, `("delay", seconds)`,
+    `backend`: "auto" (the first of io_uring, libaio and threads that serves a trial read), "io_uring", "libaio",
+    "threads", or "faults", the scripted backend of the tests. libaio blocks silently on buffered files: asked for
+    by name it refuses them, taken by "auto" it leaves them to `workers` threads. `bounce_slot_bytes`: size of
+    each of `depth` slots, mapped when first needed, for bytes that cannot land in place; a power of two.
+    `faults`: one tuple for each operation in order: `("ok",)`, `("short", bytes)`, `("zero",)`,
+    `("error", errno)`, `("delay", seconds)`,
     `("hold", later operations to complete first)`.
     Raises `OptionError`.
     """
 
     def __init__(
         self,
-        backend: Literal["auto", "io_uring", "threads", "faults"] = "auto",
+        backend: Literal["auto", "io_uring", "libaio", "threads", "faults"] = "auto",
         *,
         depth: int = 16,
         block_bytes: int = 4194304,
@@ -141,7 +166,23 @@ class Engine:
         """Start reading every `(file, offset, length, address, slack)`; urgent requests go before others.
 
         Nothing is read if one extent is bad: `ValueError` for negative numbers or a null address,
-        `DriveError` (errno 0) for bytes beyond the file's end, `ClosedError` for a closed file or engine.
+        `DriveError` (errno 0) for bytes beyond the file's end, `ClosedError` for a closed file or engine,
+        `OptionError` for a buffered file with backend "libaio".
+        """
+
+    def write(
+        self,
+        extents: Iterable[tuple[File, int, int, int, bool]],
+        keepalive: object = None,
+        *,
+        urgent: bool = False,
+    ) -> Request:
+        """Start writing every `(file, offset, length, address, slack)`; the memory must not change meanwhile.
+
+        `slack` must be False (`OptionError`). Nothing is written if one extent is bad, as in `read`; also
+        `OptionError` for a file open for reading, or one that another engine is writing. Overlapping writes of
+        one engine land in the order of submission (urgent ones may overtake). A request that failed or was
+        cancelled may have been written in part.
         """
 
     def check_integrity(self) -> None:
@@ -151,5 +192,10 @@ class Engine:
         """Refuse new reads (`ClosedError`), finish the accepted ones, end the thread. Idempotent."""
 
 def _split(
-    extents: Sequence[tuple[int, int, int, int, bool]], alignment: int, block_bytes: int, slot_bytes: int
+    extents: Sequence[tuple[int, int, int, int, bool]],
+    alignment: int,
+    block_bytes: int,
+    slot_bytes: int,
+    *,
+    writing: bool = False,
 ) -> list[tuple[int, int, int, int, int, int, bool]]: ...
