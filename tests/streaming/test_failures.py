@@ -332,7 +332,7 @@ def in_threads(work, count):
     return [results[number] for number in range(count)]
 
 
-@pytest.mark.parametrize("spare", [0, 30_000, 90_000])
+@pytest.mark.parametrize("spare", [0, 30_000, 50_000, 100_000])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_threads_share_one_model_bit_for_bit(name, spare, saved):
     folder = saved(name)

@@ -80,8 +80,9 @@ class Coordinator:
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1
+                must_queue = self._line and _in_window(weight)
                 fetch = self._current(weight) or (
-                    None if self._line else self.device.start(weight, urgent=True)
+                    None if must_queue else self.device.start(weight, urgent=True)
                 )
             else:
                 self.counters.hits += 1
@@ -220,11 +221,8 @@ class Coordinator:
     def _drop_one(self, weight: Weight) -> bool:
         """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
 
-        def in_window(other: Weight) -> bool:
-            return not (other.wants_residence and other.placed is not None)
-
         for reader in sorted(self._readers, key=lambda reader: len(reader.queue), reverse=True):
-            if reader.drop_farthest(in_window):
+            if reader.drop_farthest(_in_window):
                 return True
         for reader in self._readers:
             if reader.held is not None and reader.held.weight is not weight:
@@ -250,3 +248,8 @@ class Coordinator:
                 weight.resident = tensor
                 self._on_resident(weight, tensor)
             reader.held = None
+
+
+def _in_window(weight: Weight) -> bool:
+    """Whether a read of `weight` takes room in the window: a placed resident has a place of its own."""
+    return not (weight.wants_residence and weight.placed is not None)
