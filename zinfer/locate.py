@@ -8,7 +8,7 @@ from typing import Any
 
 from zinfer import store
 from zinfer.errors import CheckpointError, OptionError
-from zinfer.weights.checkpoint import find_shards
+from zinfer.weights.checkpoint import expected_shards, find_shards
 from zinfer.weights.loading import HUB_KEYWORDS
 
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"]
@@ -28,10 +28,12 @@ def local_folder(name: str, options: dict[str, Any], subfolder: str = "", varian
         raise CheckpointError(f"{name}: not a folder; give the folder that holds config.json and the shards")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise CheckpointError(f"{name}: no such folder")
-    root = _download(name, hub, [*HUB_FILES, "*.safetensors"])
+    root = _download(name, hub, HUB_FILES)
     folder = os.path.join(root, subfolder) if subfolder else root
+    # Only the files that will be read: repositories often hold the weights in several formats.
+    _download(name, hub, [os.path.relpath(path, root) for path in expected_shards(folder, variant)])
     if find_shards(folder, variant) is None:
-        _download(name, hub, [*HUB_FILES, "pytorch_model*.bin"])
+        _download(name, hub, [f"{subfolder}/pytorch_model*" if subfolder else "pytorch_model*"])
     return folder
 
 

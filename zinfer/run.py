@@ -43,6 +43,7 @@ REFUSED = {
     "load_in_4bit": "quantised streaming is not supported yet",
     "gguf_file": "only safetensors and .bin checkpoints are supported",
     "torch_dtype": "use dtype=",
+    "proxies": "set HTTPS_PROXY in the environment",
     "tp_plan": "zinfer runs on one device",
     "distributed_config": "zinfer runs on one device",
     "use_safetensors": "zinfer takes safetensors where there are any",

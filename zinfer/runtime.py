@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,7 @@ class Runtime:
         engine, counters = coordinator.device.engine, coordinator.counters
         spans = [
             (later[0] - mark[0], later[1] - mark[1])
-            for mark, later in zip(self._marks, list(self._marks)[1:], strict=False)
+            for mark, later in pairwise(list(self._marks))  # a copy: other threads may begin sweeps meanwhile
         ]
         if self._sweeps <= SWEEPS_REMEMBERED:
             spans = spans[1:]  # the first sweep also loads the residents

@@ -28,6 +28,9 @@ logger = logging.getLogger("zinfer")
 
 SMALL_BYTES = 1 << 20  # a tensor below this is read once and kept: streaming it costs more than it saves
 SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget / SMALL_SHARE
+# Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
+# plain parameters: their own weights are kept in memory.
+ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 HEADROOM = 512 << 20  # bytes of free memory left to activations, KV cache and the libraries' own pages
 
 
@@ -48,6 +51,9 @@ class Slot:
 
     def fill(self, tensor: torch.Tensor) -> None:
         """Put `tensor` there."""
+        if isinstance(self.owner, nn.RNNBase) and isinstance(tensor, nn.Parameter):
+            setattr(self.owner, self.attribute, tensor)  # it keeps a list of its weights besides
+            return
         table = self.owner._parameters if self.is_parameter else self.owner._buffers
         table[self.attribute] = tensor  # type: ignore[assignment]
 
@@ -59,16 +65,17 @@ class Held:
     tensor: SymbolicTensor
     slots: list[Slot]
     provenance: Provenance
+    in_one_operator: bool  # owned by, or below, a module in ONE_OPERATOR
 
     def stays(self, threshold: int) -> bool:
         """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
 
         Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once;
-        so do the weights of an LSTM or GRU, which is one operator over all its layers.
+        so do those of the modules in ONE_OPERATOR.
         """
         nbytes = self.tensor.numel() * self.tensor.dtype.itemsize
-        recurrent = any(isinstance(slot.owner, nn.RNNBase) for slot in self.slots)
-        return nbytes < threshold or self.tensor.dim() < 2 or recurrent or not self.slots[0].is_parameter
+        vector = sum(size > 1 for size in self.tensor.shape) < 2
+        return nbytes < threshold or vector or self.in_one_operator or not self.slots[0].is_parameter
 
 
 class Parts:
@@ -131,10 +138,13 @@ class Streaming:
 def gather(model: nn.Module) -> list[Held]:
     """Every distinct symbolic tensor of `model`, in registration order, with all slots tied to it."""
     held: dict[int, Held] = {}
+    single = {
+        part for module in model.modules() if isinstance(module, ONE_OPERATOR) for part in module.modules()
+    }
     for owner, attribute, name, tensor, is_parameter in parameter_slots(model):
         if isinstance(tensor, SymbolicTensor):
             if id(tensor) not in held:
-                held[id(tensor)] = Held(tensor, [], provenance_of(tensor.expression))
+                held[id(tensor)] = Held(tensor, [], provenance_of(tensor.expression), owner in single)
             held[id(tensor)].slots.append(Slot(owner, attribute, name, is_parameter))
     return list(held.values())
 

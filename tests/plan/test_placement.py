@@ -12,6 +12,7 @@ from zinfer.errors import BudgetError
 from zinfer.plan.placement import (
     MAX_WINDOW,
     MIN_WINDOW,
+    ROWS_WINDOW,
     Footprint,
     Placement,
     all_resident,
@@ -78,10 +79,11 @@ def test_no_choice_of_residents_works_with_less_than_the_smallest_budget(weights
     converted = max((w.window for w in weights if w.transient), default=0)
     transient = max(w.transient for w in weights)
     candidates = [i for i, w in enumerate(weights) if not w.rows_only]
-    needs = []
+    tables = [w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW]
+    needs = [sum(w.resident for w in weights) + converted + transient]
     for bits in range(1 << len(candidates)):
         kept = {i for position, i in enumerate(candidates) if bits >> position & 1}
-        window = max([converted, *(weights[i].window for i in candidates if i not in kept)])
+        window = max([converted, *tables, *(weights[i].window for i in candidates if i not in kept)])
         needs.append(sum(weights[i].resident for i in kept) + window + transient)
     assert smallest(weights) == min(needs)
 
@@ -98,7 +100,12 @@ def test_where_all_fits_all_is_resident_and_the_window_is_what_conversions_need(
 @given(weight_lists)
 def test_where_only_the_embeddings_do_not_fit_all_else_is_resident(weights):
     assume(any(w.rows_only for w in weights))
-    plan = place(weights, all_resident(weights) - 1)
+    streamed = [w for w in weights if not w.rows_only]
+    tables = [w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW]
+    window = max([0, *tables, *(w.window for w in weights if w.transient)])
+    available = sum(w.resident for w in streamed) + window + max(w.transient for w in weights)
+    assume(available < all_resident(weights))
+    plan = place(weights, available)
     assert plan.residents == frozenset(i for i, w in enumerate(weights) if not w.rows_only)
 
 
@@ -180,11 +187,17 @@ def test_nothing_to_place_needs_nothing():
     assert place([], 0) == Placement(frozenset(), 0, 0, 0)
 
 
-def test_embeddings_alone_need_nothing_since_rows_are_read_on_their_own():
-    weights = [Footprint(MIB, MIB, rows_only=True)]
+def test_large_embeddings_alone_need_nothing_since_rows_are_read_on_their_own():
+    size = ROWS_WINDOW + MIB
+    weights = [Footprint(size, size, rows_only=True)]
     assert smallest(weights) == 0
     assert place(weights, 0).residents == frozenset()
-    assert place(weights, MIB).residents == {0}
+    assert place(weights, size).residents == {0}
+
+
+def test_a_small_table_that_an_operator_might_want_whole_fits_the_window():
+    weights = [Footprint(50 * MIB, 50 * MIB, rows_only=True), *[Footprint(4 * MIB, 4 * MIB)] * 10]
+    assert place(weights, 60 * MIB).window_bytes >= 50 * MIB
 
 
 def test_an_embedding_is_no_resident_while_other_weights_stream():

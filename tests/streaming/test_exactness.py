@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import zinfer
 from tests import architectures
@@ -154,3 +155,84 @@ def test_two_models_interleave_in_assisted_generation(saved, nothing_left):
         settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         expected = reference.generate(IDS[:1], **settings)
         assert torch.equal(expected, model.generate(IDS[:1], assistant_model=assistant, **settings))
+
+
+def test_a_model_with_weight_norm_loads_and_stays_exact(tmp_path, nothing_left):
+    """Its loader initialises a weight that is computed from the parametrization."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    torch.manual_seed(0)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    reference = transformers.Wav2Vec2Model.from_pretrained(tmp_path).eval()
+    sound = torch.randn(1, 800)
+    with torch.no_grad(), stream(str(tmp_path), 60_000) as model:
+        for _ in range(2):
+            assert torch.equal(reference(sound).last_hidden_state, model(sound).last_hidden_state)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_tables_that_are_used_whole_work_at_every_budget(share, tmp_path, nothing_left):
+    """DeBERTa multiplies with its nn.Embedding of relative positions."""
+    config = transformers.DebertaV2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        vocab_size=256,
+        relative_attention=True,
+        position_buckets=32,
+        pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    transformers.DebertaV2Model(config).save_pretrained(tmp_path)
+    reference = transformers.DebertaV2Model.from_pretrained(tmp_path).eval()
+    budget = int(share * architectures.parameter_bytes(reference))
+    with torch.no_grad(), stream(str(tmp_path), budget) as model:
+        assert torch.equal(reference(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
+def test_autocast_gives_the_same_bits_and_keeps_no_weight(saved, nothing_left):
+    reference, model = load_both(saved("llama"), "llama")
+    with model, torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(reference(IDS).logits, model(IDS).logits)
+
+
+def test_gradients_through_streamed_weights_are_refused(saved, nothing_left):
+    _, model = load_both(saved("llama"), "llama")
+    with model:
+        embeds = torch.randn(1, 5, 64, requires_grad=True)
+        hidden = model.model(inputs_embeds=embeds).last_hidden_state
+        with pytest.raises(zinfer.ReadOnlyError, match="gradients"):
+            hidden.sum().backward()
+
+
+def test_a_large_table_used_whole_says_how_much_is_lacking(tmp_path, monkeypatch, nothing_left):
+    monkeypatch.setattr("zinfer.plan.placement.ROWS_WINDOW", 0)
+    config = transformers.DebertaV2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=64,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type=["p2c", "c2p"],
+    )
+    transformers.DebertaV2Model(config).save_pretrained(tmp_path)
+    with (
+        torch.no_grad(),
+        stream(str(tmp_path), 1) as model,
+        pytest.raises(zinfer.BudgetError, match=r"rel_embeddings.*raise max_memory\['cpu'\] by \d+ bytes"),
+    ):
+        model(torch.tensor([[5, 17, 33]]))

@@ -280,3 +280,59 @@ def test_two_processes_share_one_store():
                 process.communicate(timeout=DEADLINE)
         assert len([path for path in Path(drive, "zinfer-store").iterdir() if path.is_dir()]) == 1
         assert not list(Path(drive).rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2),
+            (2, 5, 32),
+        ),
+        (lambda: nn.LSTM(32, 48, 2, batch_first=True), (2, 5, 32)),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.Linear(64, 8)),
+            (3, 32),
+        ),
+    ],
+    ids=["fused encoder", "lstm", "weight norm"],
+)
+def test_modules_that_torch_runs_as_one_operator_are_exact_in_every_sweep(
+    make, shape, tmp_path, nothing_left
+):
+    torch.manual_seed(0)
+    module = make().eval()
+    given = torch.randn(shape)
+    old = [weakref.ref(parameter) for parameter in module.parameters()]
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    with torch.no_grad():
+        expected = first(module(given))
+    try:
+        zinfer.run(module, offload="nvme", nvme_path=tmp_path, max_memory={"cpu": 1})
+    except zinfer.BudgetError as error:
+        smallest = error.smallest
+    with zinfer.run(module, offload="nvme", nvme_path=tmp_path, max_memory={"cpu": smallest}):
+        for _ in range(3):
+            assert torch.equal(first(module(given)), expected)
+        gc.collect()
+        assert not [reference for reference in old if reference() is not None]
+
+
+def test_one_row_of_a_weight_stands_where_it_does_in_memory(tmp_path, nothing_left):
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(9, 50, 37))
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return torch.stack([nn.functional.linear(given, self.table[index]) for index in range(9)])
+
+    torch.manual_seed(0)
+    module, given = Rows().eval(), torch.randn(1, 37)
+    with torch.no_grad():
+        expected = module(given)
+    with zinfer.run(module, offload="nvme", nvme_path=tmp_path, max_memory={"cpu": "150KB"}) as streamed:
+        assert torch.equal(streamed(given), expected)

@@ -115,7 +115,13 @@ def draw_operator(draw: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], A
             "squeeze",
         ]
         names += ["transpose", "reshape", "roll"]
-    if tensor.is_contiguous() and tensor.dim() and tensor.shape[-1] and tensor.dtype.itemsize > 1:
+    if (
+        tensor.is_contiguous()
+        and tensor.dim()
+        and tensor.stride(-1) == 1
+        and tensor.shape[-1]
+        and tensor.dtype.itemsize > 1
+    ):
         names.append("as bytes")
     name = draw(st.sampled_from(names))
     if name in ("alias", "detach"):

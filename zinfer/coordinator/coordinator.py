@@ -71,8 +71,9 @@ class Coordinator:
         reader = self._reader()
         with self._lock:
             self.refuse_closed()
-            if weight.resident is not None:
-                return weight.resident
+            resident = weight.resident
+            if resident is not None:
+                return resident
             if reader.held is not None and reader.held.weight is weight:
                 return reader.held.wait()
             reader.touched = time.monotonic()
@@ -161,6 +162,9 @@ class Coordinator:
 
     def _extend(self, reader: Reader) -> None:
         now = time.monotonic()
+        for other in list(self._readers):
+            if other is not reader and now - other.touched > IDLE_READER:
+                other.forget()  # what it read ahead would only keep room from those that run
         active = sum(1 for other in self._readers if now - other.touched < IDLE_READER)
         window = self.device.window.capacity if self.device.window else LOADING_AHEAD
         reader.extend(
@@ -173,11 +177,6 @@ class Coordinator:
         """Take the window back from reads that are needed later, until `weight` fits, and start it."""
         window = self.device.window
         assert window is not None
-        if weight.layout.nbytes > window.capacity:
-            raise BudgetError(
-                f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
-                f"{window.capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - window.capacity} bytes"
-            )
         ticket = object()
         alone = len(self._readers) == 1
         deadline = time.monotonic() + (LONE_DEADLINE if alone else ROOM_DEADLINE)
@@ -221,7 +220,7 @@ class Coordinator:
     def _drop_one(self, weight: Weight) -> bool:
         """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
 
-        for reader in sorted(self._readers, key=lambda reader: len(reader.queue), reverse=True):
+        for reader in sorted(self._readers, key=lambda reader: (reader.touched, -len(reader.queue))):
             if reader.drop_farthest(_in_window):
                 return True
         for reader in self._readers:

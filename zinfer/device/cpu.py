@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -97,9 +99,11 @@ class CpuDevice:
             memory: Any = memoryview(block)[place : place + weight.layout.nbytes]
             address = block.address + place
         else:
-            if self.window is None:
+            capacity = self.window.capacity if self.window is not None else 0
+            if self.window is None or weight.layout.nbytes > capacity:
                 raise BudgetError(
-                    f"an operator needs all of {weight.name!r}, for which no window was planned"
+                    f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
+                    f"{capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - capacity} bytes"
                 )
             memory = self.window.acquire(weight.layout.nbytes, timeout)
             if memory is None:
@@ -115,12 +119,17 @@ class CpuDevice:
         """Rows (ascending, distinct) of a weight with a row source, in a tensor of their own."""
         placed = weight.row_source
         assert placed is not None
-        out = torch.empty((len(rows), *weight.shape[1:]), dtype=placed.dtype)
+        # One row is what `weight[i]` is in memory: it stands at the same address modulo VECTOR (see layout.py).
+        row_bytes = placed.nbytes // placed.shape[0]
+        residue = (weight.layout.starts[0] + rows[0] * row_bytes) % VECTOR if len(rows) == 1 else 0
+        block = torch.empty(len(rows) * row_bytes + VECTOR, dtype=torch.uint8)
+        start = (residue - block.data_ptr()) % VECTOR
+        out = _view(block.numpy(), start, replace(placed, shape=(len(rows), *placed.shape[1:])))
         at, extents = out.data_ptr(), []
         for run in rows_of(placed, rows):
             extents.append((self.files[run.path], run.offset, run.length, at, False))
             at += run.length
-        self.engine.read(extents, out, urgent=True).wait()
+        self.engine.read(extents, block, urgent=True).wait()
         self._refuse_changes({run.path for run in placed.runs})
         return _flagged(out.to(weight.dtype), weight.requires_grad)
 
@@ -181,7 +190,7 @@ def _leaf(leaves: dict[int, torch.Tensor], node: Any) -> torch.Tensor | None:
 
 
 def _view(memory: Any, start: int, placed: Placed) -> torch.Tensor:
-    if not placed.nbytes:
+    if not prod(placed.shape):
         return torch.empty(placed.shape, dtype=placed.dtype)
-    count = placed.nbytes // placed.dtype.itemsize
+    count = prod(placed.shape)
     return torch.frombuffer(memory, dtype=placed.dtype, count=count, offset=start).view(placed.shape)

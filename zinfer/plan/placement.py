@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from zinfer.errors import BudgetError
 
 MIN_WINDOW = 64 << 20  # bytes; two blocks a queue slot, below which a deep queue cannot stay full
+ROWS_WINDOW = (
+    64 << 20
+)  # bytes; a table of rows up to this size may be asked for whole (positions, relative biases)
 MAX_WINDOW = 448 << 20  # bytes; ~0.14 s of a 3.3-GB/s drive, more than any operator's jitter
 
 
@@ -49,14 +52,14 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
 
     Raises BudgetError with the smallest number of bytes that works.
     """
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted, floor = _window_floors(weights)
     transient = max((w.transient for w in weights), default=0)
     room = available - transient
-    for candidates in (range(len(weights)), [i for i, w in enumerate(weights) if not w.rows_only]):
-        needed = sum(weights[i].resident for i in candidates)
-        if needed + converted <= room:
-            return Placement(frozenset(candidates), needed, converted, transient)
     order, by_size = _streamable(weights)
+    for candidates, window in ((range(len(weights)), converted), (order, floor)):
+        needed = sum(weights[i].resident for i in candidates)
+        if needed + window <= room:
+            return Placement(frozenset(candidates), needed, window, transient)
     # A window of full size first; two of the largest weight let one be read while the other computes;
     # one alone still works.
     for window_for in (
@@ -68,7 +71,7 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
         for kept in range(len(by_size)):
             if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
                 continue  # one more of the same size makes the window no smaller, only the spread uneven
-            window = window_for(max(converted, weights[by_size[kept]].window))
+            window = window_for(max(floor, weights[by_size[kept]].window))
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
                 options.append(option)
@@ -79,21 +82,27 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
 
 def smallest(weights: Sequence[Footprint]) -> int:
     """The fewest `available` bytes with which `place` finds a placement."""
-    converted = max((w.window for w in weights if w.transient), default=0)
-    transient = max((w.transient for w in weights), default=0)
+    converted, floor = _window_floors(weights)
     _, by_size = _streamable(weights)
-    kept, options = 0, [converted if not by_size else None]
+    kept, options = 0, [sum(w.resident for w in weights) + converted]
     for i in by_size:
-        options.append(kept + max(converted, weights[i].window))
+        options.append(kept + max(floor, weights[i].window))
         kept += weights[i].resident
-    options.append(kept + converted)
-    return transient + min(option for option in options if option is not None)
+    options.append(kept + floor)
+    return min(options) + max((w.transient for w in weights), default=0)
 
 
 def all_resident(weights: Sequence[Footprint]) -> int:
     """The fewest `available` bytes with which every weight, embeddings included, is resident."""
     converted = max((w.window for w in weights if w.transient), default=0)
     return sum(w.resident for w in weights) + converted + max((w.transient for w in weights), default=0)
+
+
+def _window_floors(weights: Sequence[Footprint]) -> tuple[int, int]:
+    """The least window with everything resident, and with only what operators ask for in full resident."""
+    converted = max((w.window for w in weights if w.transient), default=0)
+    tables = (w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW)
+    return converted, max(converted, max(tables, default=0))
 
 
 def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:

@@ -32,11 +32,17 @@ def find_shards(folder: str, variant: str | None = None) -> tuple[str, ...] | No
 
     An index wins over a single file, as in transformers. Raises CheckpointError for a broken index.
     """
+    shards = expected_shards(folder, variant)
+    found = os.path.lexists(_index_path(folder, variant)) or os.path.lexists(shards[0])
+    return shards if found else None
+
+
+def expected_shards(folder: str, variant: str | None = None) -> tuple[str, ...]:
+    """Paths of the shards that the index in `folder` names, or of the single file where there is no index."""
     index = _index_path(folder, variant)
     if os.path.lexists(index):
         return tuple(sorted(set(read_index(index).values())))
-    single = os.path.join(folder, f"model.{variant}.safetensors" if variant else "model.safetensors")
-    return (single,) if os.path.lexists(single) else None
+    return (os.path.join(folder, f"model.{variant}.safetensors" if variant else "model.safetensors"),)
 
 
 def open_checkpoint(folder: str, variant: str | None = None) -> Checkpoint:

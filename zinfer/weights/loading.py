@@ -18,7 +18,7 @@ from zinfer.weights.checkpoint import Checkpoint, read_json
 from zinfer.weights.symbolic import SymbolicTensor
 
 # from_pretrained keywords that say where files come from; they reach the config and the tokenizer, not the model.
-HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # What transformers raises over a config.json with impossible values, or an option it cannot take.
 _REFUSALS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),

@@ -110,10 +110,52 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
     if kwargs or (name.endswith("_") and not name.endswith("__")):
         _refuse_to_write(name, args, kwargs)
+    if torch.is_autocast_enabled("cpu"):
+        return _without_autocast_cache(func, args, kwargs)
     if not kwargs and not torch.is_grad_enabled():
         return func(*_real(args))
+    trained = _input_that_requires_grad(args) if torch.is_grad_enabled() else None
     with torch.no_grad():
-        return func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+        out = func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+    return _NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
+
+
+def _without_autocast_cache(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As _run, under autocast: its cache would hold every weight, and so its region, until the context ends."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            return func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes the result of an operator on, and refuses the backward pass that would skip a streamed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`out`, as if computed from `source`."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Raises ReadOnlyError."""
+        raise ReadOnlyError(
+            "gradients cannot flow through streamed weights; load with offload='none' to train"
+        )
+
+
+def _input_that_requires_grad(args: tuple[Any, ...]) -> torch.Tensor | None:
+    for value in args:
+        if (
+            isinstance(value, torch.Tensor)
+            and not isinstance(value, torch.nn.Parameter)
+            and value.requires_grad
+        ):
+            return value
+    return None
 
 
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,8 +172,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _whole(parameter: StreamedParameter) -> torch.Tensor:
-    weight = parameter.weight
-    return weight.resident if weight.resident is not None else parameter.source.whole(weight)
+    resident = parameter.weight.resident
+    return parameter.source.whole(parameter.weight) if resident is None else resident
 
 
 def _real(value: Any) -> Any:

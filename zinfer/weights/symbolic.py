@@ -44,6 +44,10 @@ _FACTORIES = {
     for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 } | {getattr(torch.ops.aten, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full")}
 
+_INITIALISERS = {
+    getattr(torch.ops.aten, name) for name in ("normal_", "uniform_", "bernoulli_", "exponential_")
+}
+
 
 class SymbolicTensor(torch.Tensor):
     """Shape, dtype and device of a tensor, and the expression that makes it; no storage."""
@@ -77,6 +81,10 @@ class SymbolicTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        if func.overloadpacket in _INITIALISERS and _is_computed(args[0].expression):
+            return args[
+                0
+            ]  # a weight that is computed (weight_norm): in memory, this is lost with the temporary
         if func._schema.is_mutable:
             raise CheckpointError(
                 f"loading wants to write into a checkpoint tensor ({func}); this conversion is unsupported"
@@ -103,6 +111,15 @@ class SymbolicTensor(torch.Tensor):
         if isinstance(out, (tuple, list)) and all(isinstance(item, torch.Tensor) for item in out):
             return type(out)(wrap(item, i) for i, item in enumerate(out))
         raise CheckpointError(f"loading this checkpoint applies {func} to a tensor, which is unsupported")
+
+
+def _is_computed(expression: Expression) -> bool:
+    """Whether writing to `expression` would leave the checkpoint's tensors as they are."""
+    while isinstance(expression, Apply):
+        if expression.func._schema.returns[0].alias_info is None:
+            return True
+        expression = expression.args[0]
+    return False
 
 
 def _to_meta(tensor: SymbolicTensor) -> torch.Tensor:
