@@ -162,7 +162,7 @@ class Round {
   }
 
   char* take_place(Flight& flight) {
-    flight.region = pool_.try_acquire(static_cast<std::int64_t>(flight.length + 3 * kPage), pinned::Placement::next_fit);
+    flight.region = pool_.try_acquire(static_cast<std::int64_t>(flight.length + 3 * kPage));
     if (!flight.region) std::exit(2);
     const std::uint64_t shift = random_() % 2 ? flight.offset % kPage : random_() % kPage;
     char* const place = reinterpret_cast<char*>(flight.region->data()) + kPage + shift;
