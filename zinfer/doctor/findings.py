@@ -96,6 +96,8 @@ def _remedy(reason: str, backends: Backends, kernel: str) -> str:
             "apt-get install liburing-dev (dnf: liburing-devel), then build zinfer again: "
             "pip install --no-deps --force-reinstall ."
         )
+    if "aio-max-nr" in reason:
+        return "as root: sysctl -w fs.aio-max-nr=1048576, or end programs that hold AIO contexts"
     if backends.io_uring_disabled:
         return "as root: sysctl kernel.io_uring_disabled=0"
     if _numbers(kernel) < (5, 1):
