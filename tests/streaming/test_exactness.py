@@ -179,20 +179,23 @@ def test_a_model_with_weight_norm_loads_and_stays_exact(tmp_path, nothing_left):
             assert torch.equal(reference(sound).last_hidden_state, model(sound).last_hidden_state)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_tables_that_are_used_whole_work_at_every_budget(share, tmp_path, nothing_left):
-    """DeBERTa multiplies with its nn.Embedding of relative positions."""
-    config = transformers.DebertaV2Config(
+def deberta(**options: int) -> transformers.DebertaV2Config:
+    return transformers.DebertaV2Config(
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
-        vocab_size=256,
         relative_attention=True,
-        position_buckets=32,
         pos_att_type=["p2c", "c2p"],
         max_position_embeddings=64,
+        **options,
     )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_tables_that_are_used_whole_work_at_every_budget(share, tmp_path, nothing_left):
+    """DeBERTa multiplies with its nn.Embedding of relative positions."""
+    config = deberta(position_buckets=32, vocab_size=256)
     torch.manual_seed(0)
     transformers.DebertaV2Model(config).save_pretrained(tmp_path)
     reference = transformers.DebertaV2Model.from_pretrained(tmp_path).eval()
@@ -219,16 +222,7 @@ def test_gradients_through_streamed_weights_are_refused(saved, nothing_left):
 
 def test_a_large_table_used_whole_says_how_much_is_lacking(tmp_path, monkeypatch, nothing_left):
     monkeypatch.setattr("zinfer.plan.placement.ROWS_WINDOW", 0)
-    config = transformers.DebertaV2Config(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        vocab_size=64,
-        relative_attention=True,
-        position_buckets=256,
-        pos_att_type=["p2c", "c2p"],
-    )
+    config = deberta(position_buckets=256, vocab_size=64)
     transformers.DebertaV2Model(config).save_pretrained(tmp_path)
     with (
         torch.no_grad(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 UNFINISHED = "\ufffd"  # what decoding gives for the first bytes of a character
 
 
-class TokenStreamer(BaseStreamer):
+class TokenStreamer(BaseStreamer, ABC):
     """Collects the new tokens of one sequence in `ids`; the prompt is left out.
 
     `on_token` is called after each. Only the thread that generates may call it.
@@ -33,9 +34,9 @@ class TokenStreamer(BaseStreamer):
     def end(self) -> None:
         """The sequence is complete."""
 
+    @abstractmethod
     def show(self) -> None:
         """Write what the newest id adds."""
-        raise NotImplementedError
 
 
 class IdStreamer(TokenStreamer):
