@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--requests", type=int, default=100_000, help="random requests of the I/O soak test")
 
 
+@pytest.fixture(autouse=True)
+def no_drive_profiles(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither use nor touch the profiles of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., str]:
     """Save the tiny architecture of a given name; returns its folder."""

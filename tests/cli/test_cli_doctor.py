@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from zinfer.aio.block_device import BlockDevice, Mount
 from zinfer.doctor import NOTE, OK, PROBLEM, as_text, drive, facts, gather, judge
-from zinfer.doctor.drive import Drive, Mount, mount_of
+from zinfer.doctor.drive import Drive
 from zinfer.doctor.facts import Backends, Facts, Memory, Pages, Versions
 
 GIB = 1 << 30
@@ -25,7 +26,8 @@ HEALTHY = Facts(
     versions=Versions("0.1.0", "3.11.7", "2.13.0+cpu", "5.23.0", "6.18.4"),
     backends=Backends("io_uring", (), 0),
     drive=Drive(
-        "/mnt/nvme", "folder", True, Mount("/mnt/nvme", "ext4", "/dev/nvme0n1"), False, 900 * GIB,
+        "/mnt/nvme", "folder", True, Mount("/mnt/nvme", "ext4", "/dev/nvme0n1"),
+        BlockDevice("a-drive", "nvme0n1", rotational=False), 900 * GIB,
         "a temporary file of 256 MiB", True, "", 512, 3.3e9,
     ),
     pages=Pages(8 << 20, False, "no CUDA runtime", "madvise", 64 << 20, 64 << 20, ""),
@@ -67,7 +69,12 @@ def without_io_uring(reason: str, sysctl: int | None = 0, kernel: str = "6.1") -
         (of("drive", writable=False), "path", NOTE, "chown"),
         (of("drive", mount=Mount("/dev/shm", "tmpfs", "tmpfs")), "filesystem", NOTE, "NVMe"),
         (of("drive", mount=Mount("/home", "nfs4", "server:/home")), "filesystem", NOTE, "local"),
-        (of("drive", rotational=True, read_rate=2e8), "filesystem", NOTE, "NVMe"),
+        (
+            of("drive", device=BlockDevice("vda", "vda", rotational=True), read_rate=2e8),
+            "filesystem",
+            NOTE,
+            "NVMe",
+        ),
         (of("drive", read_rate=2e8), "speed", NOTE, "faster"),
         (of("drive", read_rate=None, measured="", failure="no room"), "speed", NOTE, "4 MiB"),
         (of("drive", direct=False, direct_reason="EINVAL"), "O_DIRECT", NOTE, "xfs"),
@@ -94,20 +101,7 @@ def test_locked_memory_matters_with_a_gpu_or_on_old_kernels():
 
 
 def test_a_virtual_drive_that_calls_itself_rotational_is_believed_by_its_speed():
-    assert unwell(of("drive", rotational=True)) == []
-
-
-def test_the_deepest_and_latest_mount_holds_a_path():
-    text = (
-        "27 1 254:0 / / rw - ext4 /dev/vda rw\n"
-        "30 27 0:25 / /mnt rw shared:1 - tmpfs tmpfs rw\n"
-        "31 27 259:1 / /mnt/my\\040drive rw - xfs /dev/nvme0n1 rw\n"
-        "32 27 0:26 / /mnt rw - nfs4 server:/mnt rw\n"
-    )
-    assert mount_of("/mnt/my drive/models", text) == Mount("/mnt/my drive", "xfs", "/dev/nvme0n1")
-    assert mount_of("/mnt/other", text) == Mount("/mnt", "nfs4", "server:/mnt")
-    assert mount_of("/mntother", text) == Mount("/", "ext4", "/dev/vda")
-    assert mount_of("/x", "") is None
+    assert unwell(of("drive", device=BlockDevice("vda", "vda", rotational=True))) == []
 
 
 def test_a_writable_folder_is_measured_and_left_empty(tmp_path, nothing_left):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from zinfer.aio import File
+from zinfer.aio.block_device import MOUNTS, BlockDevice, Mount, block_device_of, mount_of
 from zinfer.aio.probe import BLOCK_BYTES, measure_read_rate
 from zinfer.errors import DriveError
 
@@ -19,17 +18,6 @@ SAMPLE_BYTES = 256 << 20  # of the temporary file that is measured
 SMALLEST_SAMPLE = 32 << 20  # less says nothing
 SPARE_SHARE = 4  # the temporary file takes at most 1/4 of the free space
 SECONDS = 1.0  # of measuring
-BLOCK_DEVICES = Path("/sys/dev/block")
-MOUNTS = Path("/proc/self/mountinfo")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """One line of mountinfo."""
-
-    point: str
-    filesystem: str
-    device: str
 
 
 @dataclass(frozen=True)
@@ -38,14 +26,13 @@ class Drive:
 
     `kind`: "folder", "file", "missing" or "other". `measured`: what was read, in words, "" if nothing was;
     then `failure` says why, and `direct`, `alignment` (bytes) and `read_rate` (bytes a second) are None.
-    `rotational` is what the block device claims, None where there is none to ask.
     """
 
     path: str
     kind: str
     writable: bool = False
     mount: Mount | None = None
-    rotational: bool | None = None
+    device: BlockDevice | None = None
     free: int | None = None
     measured: str = ""
     direct: bool | None = None
@@ -71,7 +58,7 @@ def look_at(path: str) -> Drive:
             "folder" if folder else "file",
             writable=_takes_files(path) if folder else os.access(path, os.W_OK),
             mount=mount,
-            rotational=_rotational(status.st_dev, mount),
+            device=block_device_of(path),
             free=_free(path),
         )
         with _sample(found) as (paths, what):
@@ -79,43 +66,6 @@ def look_at(path: str) -> Drive:
     except OSError as error:  # DriveError is one
         reason = str(error) if isinstance(error, DriveError) else f"{path}: {error.strerror}"
         return replace(found, failure=reason)
-
-
-def mount_of(real_path: str, mountinfo: str) -> Mount | None:
-    """The mount that `real_path` lies on, from the text of /proc/self/mountinfo (see proc(5))."""
-    best: Mount | None = None
-    for line in mountinfo.splitlines():
-        left, dash, right = line.partition(" - ")
-        if not dash:
-            continue
-        point = _unescape(left.split(" ")[4])
-        inside = real_path == point or real_path.startswith(point.rstrip("/") + "/")
-        # Of two mounts on one point the later hides the earlier.
-        if inside and (best is None or len(point) >= len(best.point)):
-            filesystem, device = right.split(" ")[:2]
-            best = Mount(point, filesystem, _unescape(device))
-    return best
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def _rotational(device: int, mount: Mount | None) -> bool | None:
-    """What the block device says of itself; a partition's disk answers for it."""
-    candidates = [device]
-    if mount and mount.device.startswith("/") and os.path.exists(mount.device):
-        candidates.append(
-            os.stat(mount.device).st_rdev
-        )  # btrfs and its kind: files have a made-up device number
-    for number in candidates:
-        entry = BLOCK_DEVICES / f"{os.major(number)}:{os.minor(number)}"
-        if entry.exists():
-            real = entry.resolve()
-            for flag in (real / "queue" / "rotational", real.parent / "queue" / "rotational"):
-                if flag.exists():
-                    return flag.read_text().strip() == "1"
-    return None
 
 
 def _takes_files(folder: str) -> bool:

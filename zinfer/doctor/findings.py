@@ -124,6 +124,7 @@ def _place(drive: Drive) -> Iterator[Finding]:
         yield Finding("path", OK, f"{drive.path}, {what}, {_size(drive.free or 0)} free")
     if drive.mount is None:
         return
+    rotational = drive.device.rotational if drive.device else None
     kind, where = drive.mount.filesystem, f"{drive.mount.filesystem} on {drive.mount.device}"
     if kind in IN_MEMORY:
         yield Finding(
@@ -132,14 +133,14 @@ def _place(drive: Drive) -> Iterator[Finding]:
     elif kind.startswith(REMOTE):
         text = f"{where}: reached over a network or through another program"
         yield Finding("filesystem", NOTE, text, "choose a folder on a local NVMe drive")
-    elif drive.rotational and (drive.read_rate or 0) < SLOW_RATE:
+    elif rotational and (drive.read_rate or 0) < SLOW_RATE:
         yield Finding(
             "filesystem", NOTE, f"{where}, which calls itself rotational", "choose a folder on an NVMe drive"
         )
-    elif drive.rotational:
+    elif rotational:
         yield Finding("filesystem", OK, f"{where}, which calls itself rotational but is too fast for that")
     else:
-        claim = "" if drive.rotational is None else ", not rotational"
+        claim = "" if rotational is None else ", not rotational"
         yield Finding("filesystem", OK, f"{where}{claim}")
 
 
