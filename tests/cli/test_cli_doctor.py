@@ -134,7 +134,7 @@ def test_a_file_too_small_to_measure_is_a_note(size, tmp_path):
     found = drive.look_at(str(tmp_path / "small"))
     assert found.read_rate is None and found.failure
     assert [
-        finding.topic for finding in unwell(replace(HEALTHY, drive=replace(found, rotational=False)))
+        finding.topic for finding in unwell(replace(HEALTHY, drive=replace(found, device=None)))
     ] == ["speed"]
 
 
