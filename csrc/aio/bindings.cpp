@@ -284,6 +284,13 @@ std::unique_ptr<PyRequest> submit(const PyEngine& engine, const py::iterable& ex
   return std::make_unique<PyRequest>(std::move(request), engine.shared(), std::move(keepalive));
 }
 
+py::list latencies(const PyEngine& engine) {
+  py::list result;
+  for (const auto& [bound, count] : engine.usable().latencies().buckets())
+    result.append(py::make_tuple(static_cast<double>(bound) * 1e-9, count));
+  return result;
+}
+
 py::dict stats(const PyEngine& engine) {
   const Stats now = engine.usable().stats();
   py::dict figures;
@@ -389,6 +396,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("eventfd", [](const PyEngine& engine) { return engine.usable().event_fd(); })
       .def_property_readonly("bounce_bytes", [](const PyEngine& engine) { return engine.usable().bounce_bytes(); })
       .def_property_readonly("stats", &stats)
+      .def_property_readonly("latencies", &latencies)
       .def("read", &submit<&Engine::read>, py::arg("extents"), py::arg("keepalive") = py::none(), py::kw_only(),
            py::arg("urgent") = false)
       .def("write", &submit<&Engine::write>, py::arg("extents"), py::arg("keepalive") = py::none(), py::kw_only(),

@@ -75,6 +75,7 @@ class Engine {
   std::uint64_t bounce_bytes() const;
   int event_fd() const { return event_fd_; }  // counts completed requests; -1 once closed
   Stats stats() const { return reactor_->stats(); }
+  const LatencyHistogram& latencies() const { return reactor_->latencies(); }
   std::string check_integrity() const { return reactor_->check_integrity(); }
 
   bool forked() const;

@@ -118,6 +118,7 @@ void Reactor::run() {
     completions_.clear();
     backend_->wait(completions_);
     again_ = 0;
+    now_ = Clock::now();
     for (const Completion& completion : completions_) complete(completion);
     if (again_ > 0) nap(again_);
   }
@@ -155,6 +156,7 @@ void Reactor::drop_cancelled() {
 }
 
 void Reactor::fill() {
+  now_ = Clock::now();
   ops_.clear();
   for (const std::size_t token : retries_) {
     if (failing(*operations_[token].work))
@@ -243,7 +245,8 @@ bool Reactor::must_wait(const Operation& operation) const {
 
 // Queues the rest of the operation's transfer, from where it resumes.
 void Reactor::issue(std::size_t token) {
-  const Operation& operation = operations_[token];
+  Operation& operation = operations_[token];
+  operation.issued = now_;
   const Piece& piece = operation.piece;
   const Descriptor& file = *operation.work->files[piece.file];
   char* const start = operation.slot != nullptr
@@ -273,6 +276,7 @@ void Reactor::complete(const Completion& completion) {
     fail(work, failure_of(work, piece, error));
     return end_operation(token);
   }
+  latencies_.add(static_cast<std::uint64_t>(std::chrono::nanoseconds(now_ - operation.issued).count()));
   const auto got = static_cast<std::uint64_t>(completion.result);
   delta_.bytes_transferred += got;
   if (failing(work)) return end_operation(token);

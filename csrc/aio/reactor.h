@@ -19,6 +19,7 @@
 #include "aio/backend.h"
 #include "aio/bounce.h"
 #include "aio/file.h"
+#include "aio/latency.h"
 #include "aio/request.h"
 #include "aio/split.h"
 #include "aio/write_state.h"
@@ -66,6 +67,7 @@ class Reactor {
   void stop();
 
   Stats stats() const;
+  const LatencyHistogram& latencies() const { return latencies_; }
   // What is wrong, or "" when nothing is.
   std::string check_integrity() const;
 
@@ -84,6 +86,7 @@ class Reactor {
     bool fetching = false;         // an edge whose block is being read, to be changed and written
     std::uint64_t resume_at = 0;   // bytes of the span that need not be moved again (aligned)
     std::uint64_t delivered = 0;   // bytes of the span that have been moved
+    std::chrono::steady_clock::time_point issued{};
     unsigned tries = 0;            // EINTR and EAGAIN so far
     unsigned stalls = 0;           // resumed transfers that brought nothing new
   };
@@ -136,6 +139,8 @@ class Reactor {
   std::vector<std::size_t> retries_;   // in operations_, to be issued again
   std::vector<std::size_t> parked_;    // in operations_, in their order
   std::uint64_t started_ = 0;          // operations
+  std::chrono::steady_clock::time_point now_{};  // of this turn
+  LatencyHistogram latencies_;         // others may read it
   std::vector<Op> ops_;                // to be submitted this turn
   std::vector<Completion> completions_;
   std::vector<std::shared_ptr<Work>> ended_;
