@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import BenchmarkError
+from zinfer.aio.block_device import MOUNTS, Mount, mount_of
 
 SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the drive's own sector
 KINDS = {"nvme": "nvme", "vd": "virtio", "sd": "scsi", "xvd": "xen", "dm-": "mapped", "md": "raid"}
@@ -54,16 +55,16 @@ class Drive:
 
 def drive_of(path: str) -> Drive:
     """The drive that holds `path`. Raises BenchmarkError where none is counted (tmpfs, network, overlay)."""
-    number, mounted = os.stat(path).st_dev, _mount_of(path)
-    candidates = [number]
-    if os.path.exists(mounted.source):
-        candidates.append(os.stat(mounted.source).st_rdev)  # btrfs and the like have a made-up st_dev
+    mounted = mount_of(os.path.realpath(path), MOUNTS.read_text()) or Mount("/", "unknown", "none")
+    candidates = [os.stat(path).st_dev]
+    if os.path.exists(mounted.device):
+        candidates.append(os.stat(mounted.device).st_rdev)  # btrfs and the like have a made-up st_dev
     for line in Path("/proc/diskstats").read_text().splitlines():
         fields = line.split()
         if os.makedev(int(fields[0]), int(fields[1])) in candidates:
             return Drive(fields[2], mounted.filesystem)
     raise BenchmarkError(
-        f"{path} lies on {mounted.filesystem} ({mounted.source}), whose traffic the kernel does not count: "
+        f"{path} lies on {mounted.filesystem} ({mounted.device}), whose traffic the kernel does not count: "
         "put it on a filesystem that lies on a local drive"
     )
 
@@ -72,24 +73,6 @@ def process_traffic() -> Traffic:
     """Bytes that this process had the drives move for it, whatever its neighbours did meanwhile."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return Traffic(int(fields["read_bytes"]), int(fields["write_bytes"]))
-
-
-@dataclass(frozen=True)
-class _Mount:
-    source: str
-    filesystem: str
-
-
-def _mount_of(path: str) -> _Mount:
-    """The mount that `path` lies on: the longest mount point above it, the last one where stacked."""
-    real, best, found = os.path.realpath(path), "", _Mount("none", "unknown")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = fields.split()[4].encode().decode("unicode_escape")
-        if len(point) >= len(best) and (real == point or real.startswith(point.rstrip("/") + "/")):
-            filesystem, source = rest.split()[:2]
-            best, found = point, _Mount(source, filesystem)
-    return found
 
 
 def _text(path: Path) -> str:

@@ -10,11 +10,11 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from zinfer._version import __version__
-from zinfer.cli import doctor, run, synth
+from zinfer.cli import aio_bench, doctor, run, synth
 from zinfer.errors import OptionError, ZinferError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -37,8 +37,7 @@ class Parser(argparse.ArgumentParser):
         raise OptionError(f"{message}; see `{self.prog} --help`")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; each command sets `function(arguments) -> exit status`."""
+def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--debug",
@@ -46,6 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="log details, show the traceback of an error",
     )
+    return common
+
+
+def build_aio_bench_parser() -> argparse.ArgumentParser:
+    """The parser of `aio_bench`."""
+    parser: argparse.ArgumentParser = Parser(
+        prog=aio_bench.NAME,
+        description=aio_bench.DESCRIPTION,
+        epilog=aio_bench.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_common()],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"zinfer {__version__}")
+    aio_bench.add_arguments(parser)
+    parser.set_defaults(function=aio_bench.main)
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each command sets `function(arguments) -> exit status`."""
+    common = _common()
     parser: argparse.ArgumentParser = Parser(
         prog="zinfer",
         description="Run Hugging Face models far larger than memory: weights stream from NVMe.",
@@ -73,10 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out `zinfer` with `argv` (default: the process's own arguments); returns the exit status."""
+    return carry_out("zinfer", build_parser, argv)
+
+
+def aio_bench_main(argv: Sequence[str] | None = None) -> int:
+    """The same for the command `aio_bench`."""
+    return carry_out("aio_bench", build_aio_bench_parser, argv)
+
+
+def carry_out(
+    program: str, build: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
+) -> int:
+    """Parse `argv`, call the `function` that it chooses, and turn what that raises into an exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        parsed = build_parser().parse_args(arguments)
+        parsed = build().parse_args(arguments)
         status: int = parsed.function(parsed)
         sys.stdout.flush()
         return status
@@ -85,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print("zinfer: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         _abandon_stdout()
@@ -93,14 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ZinferError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"zinfer: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except Exception as error:
         # The outermost frame of a command: what gets here is a bug, and says so.
         if debug:
             traceback.print_exc()
         print(
-            f"zinfer: error: unexpected {type(error).__name__}: {error}; this is a bug in zinfer or in the "
+            f"{program}: error: unexpected {type(error).__name__}: {error}; this is a bug in zinfer or in the "
             "model's code: run again with --debug and report the traceback",
             file=sys.stderr,
         )

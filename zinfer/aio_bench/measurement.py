@@ -1,0 +1,108 @@
+"""What trials of one setting come to, and which setting is best. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zinfer.aio_bench.settings import BACKENDS, Setting
+
+LEAST_DEPTH = 4  # with fewer in flight, whatever delays the submitting thread leaves the drive idle
+# Of the fastest: nearer ones swap places from run to run, and a shorter queue serves urgent reads sooner.
+GOOD_ENOUGH = 0.95
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting measured once: bytes moved, seconds, CPU seconds of this process, operations by latency."""
+
+    nbytes: int
+    seconds: float
+    cpu_seconds: float
+    latencies: Mapping[float, int]
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.nbytes / self.seconds
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One setting in one direction, over its trials. Rates in bytes a second, times in seconds."""
+
+    direction: str
+    setting: Setting
+    rate: float  # the median trial's
+    low: float
+    high: float
+    cpu_per_gb: float  # CPU seconds for 10^9 bytes, the median
+    p50: float  # latency of a block, over all trials
+    p99: float
+
+    @classmethod
+    def of(cls, direction: str, setting: Setting, trials: Sequence[Trial]) -> Measurement:
+        """Raises statistics.StatisticsError for no trials."""
+        rates = [trial.rate for trial in trials]
+        latencies: Counter[float] = Counter()
+        for trial in trials:
+            latencies.update(trial.latencies)
+        return cls(
+            direction,
+            setting,
+            statistics.median(rates),
+            min(rates),
+            max(rates),
+            statistics.median(trial.cpu_seconds / trial.nbytes * 1e9 for trial in trials),
+            percentile(latencies, 0.50),
+            percentile(latencies, 0.99),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `depth` is the number of threads for the backend "threads"."""
+        return {
+            "direction": self.direction,
+            "backend": self.setting.backend,
+            "block_bytes": self.setting.block_bytes,
+            "depth": self.setting.depth,
+            "threads": self.setting.threads,
+            "bytes_per_second": self.rate,
+            "lowest": self.low,
+            "highest": self.high,
+            "cpu_seconds_per_gb": self.cpu_per_gb,
+            "latency_p50_seconds": self.p50,
+            "latency_p99_seconds": self.p99,
+        }
+
+
+def percentile(latencies: Mapping[float, int], share: float) -> float:
+    """The shortest time within which `share` of the operations were done; 0 where there were none."""
+    total, seen = sum(latencies.values()), 0
+    for seconds, count in sorted(latencies.items()):
+        seen += count
+        if seen >= share * total:
+            return seconds
+    return 0.0
+
+
+def choose(measurements: Iterable[Measurement]) -> Measurement:
+    """Of those within 5 % of the fastest, the one with the fewest bytes in flight, then the least CPU.
+
+    A depth below LEAST_DEPTH is chosen only where no other setting is as good. Raises ValueError for no measurements.
+    """
+    candidates = list(measurements)
+    if not candidates:
+        raise ValueError("nothing was measured")
+    fastest = max(item.rate for item in candidates)
+    return min(
+        (item for item in candidates if item.rate >= GOOD_ENOUGH * fastest),
+        key=lambda item: (
+            item.setting.depth < LEAST_DEPTH,
+            item.setting.in_flight,
+            item.cpu_per_gb,
+            BACKENDS.index(item.setting.backend),
+        ),
+    )
