@@ -16,7 +16,7 @@ from zinfer.aio_bench.target import Target
 from zinfer.errors import DriveError
 from zinfer.pinned import Pool, Region
 
-BATCH_BYTES = 64 << 20  # of one request, at most: the less often Python is asked, the less it costs
+BATCH_BYTES = 256 << 20  # of one request, at most: the less often Python is asked, the less it costs
 BATCHES = 4  # at least, in a trial
 STALLED = 60.0  # seconds without one finished batch: the drive has gone
 
@@ -33,9 +33,11 @@ class Stream:
         self._reading = direction == READ
         self._block, self._region = setting.block_bytes, region
         self._slots = setting.depth
-        self._blocks = target.size // setting.block_bytes
-        self._batch = max(1, batch // setting.block_bytes)
-        self._position = 0
+        blocks = target.size // setting.block_bytes
+        self._batch = min(max(1, batch // setting.block_bytes), blocks)
+        self._batches = blocks // self._batch
+        self._next = 0
+        self._extents: dict[int, list[tuple[File, int, int, int, bool]]] = {}
         self._queue: deque[Request] = deque()
         self._spare = 1 + -(-setting.depth // self._batch)  # one more than what the depth takes
         writer = target.writer
@@ -82,12 +84,19 @@ class Stream:
             self._file.close()
 
     def _submit(self) -> Request:
-        extents = []
-        for _ in range(self._batch):
-            offset = self._position % self._blocks * self._block
-            address = self._region.address + self._position % self._slots * self._block
-            extents.append((self._moved, offset, self._block, address, False))
-            self._position += 1
+        if self._next not in self._extents:  # made once: the second time round the file costs less
+            self._extents[self._next] = [
+                (
+                    self._moved,
+                    block * self._block,
+                    self._block,
+                    self._region.address + block % self._slots * self._block,
+                    False,
+                )
+                for block in range(self._next * self._batch, (self._next + 1) * self._batch)
+            ]
+        extents = self._extents[self._next]
+        self._next = (self._next + 1) % self._batches
         move = self.engine.read if self._reading else self.engine.write
         return move(extents, self._region)
 
