@@ -19,8 +19,14 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long tests/native/test_soak.py runs."""
+    """How long tests/native/test_soak.py and test_pool_soak.py run."""
     parser.addoption("--requests", type=int, default=100_000, help="random requests of the I/O soak test")
+    parser.addoption(
+        "--pool-operations",
+        type=int,
+        default=200_000,
+        help="random acquires and releases of the pool soak test",
+    )
 
 
 @pytest.fixture(autouse=True)

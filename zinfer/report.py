@@ -14,7 +14,8 @@ class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
     `sweep_*` are medians over the sweeps after the first; None until there was one. `read_rate` is
-    bytes a second over those sweeps, drive idle time included.
+    bytes a second over those sweeps, drive idle time included. `pool_bytes` are mapped for window and residents,
+    and `huge_page_bytes` of them lie on huge pages now; None where the kernel does not count them.
     """
 
     model: str
@@ -30,6 +31,8 @@ class Report:
     small_bytes: int
     bounce_bytes: int
     conversion_bytes: int
+    pool_bytes: int
+    huge_page_bytes: int | None
     bytes_read: int
     bytes_written: int
     requests: int
@@ -63,6 +66,7 @@ class Report:
                 f"{_size(self.bounce_bytes)}"
                 + (f", conversions {_size(self.conversion_bytes)}" if self.conversion_bytes else ""),
             ),
+            ("pool", self._pool()),
             ("resident", f"{_size(self.resident_bytes)} of the model are in memory now"),
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
@@ -76,6 +80,10 @@ class Report:
         lines += [("fallback", text) for text in self.fallbacks]
         width = max(len(label) for label, _ in lines)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+    def _pool(self) -> str:
+        huge = "an unknown part" if self.huge_page_bytes is None else _size(self.huge_page_bytes)
+        return f"{_size(self.pool_bytes)} for window and residents, {huge} of it on huge pages"
 
     def _sweeps(self) -> str:
         if self.first_sweep_seconds is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from zinfer.pinned import Pool
 from zinfer.plan.memory import process_peak
 from zinfer.report import Report
 from zinfer.streaming import Streaming
@@ -51,6 +52,8 @@ class Runtime:
         waits = sorted(counters.waits_by_weight.items(), key=lambda item: -item[1])
         files = coordinator.device.files.values()
         stats = engine.stats
+        pools = self._mapped_pools()
+        huge = [pool.huge_bytes for pool in pools]
         return Report(
             model=self._name,
             source=self._source,
@@ -65,6 +68,8 @@ class Runtime:
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
+            pool_bytes=sum(pool.capacity for pool in pools),
+            huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
             bytes_written=self._bytes_written,
             requests=stats["requests"],
@@ -138,6 +143,11 @@ class Runtime:
         """A hook for after the model's forward."""
         if self._first_sweep is None and self._marks:
             self._first_sweep = time.perf_counter() - self._marks[0][0]
+
+    def _mapped_pools(self) -> list[Pool]:
+        device = self._streaming.coordinator.device
+        pools = (device.window, device._resident_pool)
+        return [pool for pool in pools if pool is not None and pool.base_address]
 
     def _fallbacks(self) -> tuple[str, ...]:
         device = self._streaming.coordinator.device

@@ -1,11 +1,14 @@
 // zinfer.pinned._native: the Python face of the pinned pool, and the only file here that knows Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "pinned/errors.h"
+#include "pinned/numa.h"
 #include "pinned/pool.h"
 
 namespace py = pybind11;
@@ -34,8 +37,10 @@ void raise_signals() {
 }
 
 std::shared_ptr<Pool> make_pool(int64_t capacity, const std::string& page_lock, bool huge_pages,
-                                int touch_threads) {
-  const PoolOptions options{capacity, parse_page_lock_mode(page_lock), huge_pages, touch_threads};
+                                std::optional<int> touch_threads, std::optional<int> numa_node,
+                                int64_t slab_bytes) {
+  const PoolOptions options{capacity,      parse_page_lock_mode(page_lock), huge_pages, touch_threads, numa_node,
+                            slab_bytes};
   const py::gil_scoped_release no_gil;
   return Pool::create(options);
 }
@@ -69,8 +74,10 @@ py::buffer_info view(Region& region) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Pinned host memory: one mapping, handed out in regions that return by themselves.";
+  module.doc() = "Pinned host memory: one contiguous mapping, handed out in regions that return by themselves.";
   py::register_local_exception_translator(translate);
+
+  module.def("online_nodes", &online_nodes, py::arg("path") = kOnlineNodes);
 
   py::class_<Region>(module, "Region", py::buffer_protocol())
       .def_buffer(view)
@@ -80,7 +87,8 @@ PYBIND11_MODULE(_native, module) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool")
       .def(py::init(&make_pool), py::arg("capacity"), py::kw_only(), py::arg("page_lock") = "auto",
-           py::arg("huge_pages") = true, py::arg("touch_threads") = 2)
+           py::arg("huge_pages") = true, py::arg("touch_threads") = py::none(),
+           py::arg("numa_node") = py::none(), py::arg("slab_bytes") = kSlabBytes)
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout") = 0.0)
       .def("check_integrity", &Pool::check_integrity)
       .def("close", &Pool::close, no_gil)
@@ -91,6 +99,10 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("peak_in_use", [](const Pool& pool) { return pool.stats().peak_in_use; })
       .def_property_readonly("page_locked", &Pool::page_locked)
       .def_property_readonly("page_lock_reason", &Pool::page_lock_reason)
+      .def_property_readonly("numa_reason", &Pool::numa_reason)
+      .def_property_readonly("base_address", &Pool::base_address)
+      .def_property_readonly("slab_bytes", &Pool::slab_bytes)
+      .def_property_readonly("locked_bytes", &Pool::locked_bytes)
       .def_property_readonly("huge_bytes", py::cpp_function(&Pool::huge_bytes, no_gil))
       .def_property_readonly("stats", &stats);
 }

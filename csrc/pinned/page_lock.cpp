@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -96,16 +97,18 @@ PageLockMode parse_page_lock_mode(const std::string& name) {
   throw OptionError("page_lock is \"auto\", \"on\" or \"off\", not \"" + name + "\"");
 }
 
-PageLock::PageLock(void* base, size_t bytes, PageLockMode mode) : base_(base) {
-  reason_ = mode == PageLockMode::off ? "page_lock=\"off\"" : try_lock(bytes);
+PageLock::PageLock(std::byte* base, size_t bytes, size_t slab_bytes, PageLockMode mode)
+    : base_(base), bytes_(bytes), slab_bytes_(slab_bytes) {
+  reason_ = mode == PageLockMode::off ? "page_lock=\"off\"" : try_lock();
   if (mode == PageLockMode::on && !locked()) {
+    unlock();
     throw BudgetError("cannot page-lock " + std::to_string(bytes) + " bytes for the pinned pool: " + reason_ +
                       "; use page_lock=\"auto\" to go on with pageable memory");
   }
 }
 
-// Registers the range and returns ""; or returns why it could not.
-std::string PageLock::try_lock(size_t bytes) {
+// Registers slab after slab and returns "", or why the first that failed did.
+std::string PageLock::try_lock() {
   std::string reason;
   const auto runtime = load_runtime(reason);
   if (!runtime) return reason;
@@ -114,16 +117,31 @@ std::string PageLock::try_lock(size_t bytes) {
     return "cudaGetDeviceCount: " + runtime->describe(error);
   }
   if (devices == 0) return "the CUDA runtime sees no device";
-  if (const int error = runtime->host_register(base_, bytes, kHostRegisterPortable); error != kSuccess) {
-    return "cudaHostRegister of " + std::to_string(bytes) + " bytes: " + runtime->describe(error);
-  }
   unregister_ = runtime->host_unregister;
+  while (!locked()) {
+    const size_t slab = std::min(slab_bytes_, bytes_ - locked_bytes_);
+    const int error = runtime->host_register(base_ + locked_bytes_, slab, kHostRegisterPortable);
+    if (error != kSuccess) {
+      const size_t number = locked_bytes_ / slab_bytes_ + 1;
+      const size_t slabs = (bytes_ + slab_bytes_ - 1) / slab_bytes_;
+      return "cudaHostRegister of slab " + std::to_string(number) + " of " + std::to_string(slabs) + ", " +
+             std::to_string(slab) + " bytes: " + runtime->describe(error);
+    }
+    locked_bytes_ += slab;
+  }
   return "";
 }
 
+void PageLock::unlock() noexcept {
+  for (size_t at = 0; at < locked_bytes_; at += slab_bytes_) {
+    // An error here means that CUDA is already shutting down, and has let go of the range itself.
+    unregister_(base_ + at);
+  }
+  locked_bytes_ = 0;
+}
+
 PageLock::~PageLock() {
-  // An error here means that CUDA is already shutting down, and has let go of the range itself.
-  if (locked() && !guard_.in_child()) unregister_(base_);
+  if (!guard_.in_child()) unlock();
 }
 
 }  // namespace zinfer::pinned

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "pinned/errors.h"
+#include "pinned/numa.h"
 
 namespace zinfer::pinned {
 namespace {
@@ -19,14 +21,34 @@ size_t round_up_to_page(int64_t bytes) {
   return (static_cast<size_t>(bytes) + kPageBytes - 1) / kPageBytes * kPageBytes;
 }
 
+void check_node(int node) {
+  const auto online = online_nodes();
+  if (std::find(online.begin(), online.end(), node) != online.end()) return;
+  std::string names;
+  for (const int known : online) names += (names.empty() ? "" : ", ") + std::to_string(known);
+  throw OptionError("numa_node is " + std::to_string(node) + ", but the nodes online are: " + names);
+}
+
 const PoolOptions& checked(const PoolOptions& options) {
   if (options.capacity < 1) {
     throw OptionError("capacity must be at least 1 byte, not " + std::to_string(options.capacity));
   }
-  if (options.touch_threads < 1) {
-    throw OptionError("touch_threads must be at least 1, not " + std::to_string(options.touch_threads));
+  if (options.touch_threads && *options.touch_threads < 1) {
+    throw OptionError("touch_threads must be at least 1, not " + std::to_string(*options.touch_threads));
   }
+  const bool in_range = options.slab_bytes > 0 && options.slab_bytes <= static_cast<int64_t>(kSlabBytes);
+  if (!in_range || options.slab_bytes % static_cast<int64_t>(kHugePageBytes) != 0) {
+    throw OptionError("slab_bytes must be a multiple of " + std::to_string(kHugePageBytes) + ", at most " +
+                      std::to_string(kSlabBytes) + ", not " + std::to_string(options.slab_bytes));
+  }
+  if (options.numa_node) check_node(*options.numa_node);
   return options;
+}
+
+int touch_threads(const PoolOptions& options) {
+  if (options.touch_threads) return *options.touch_threads;
+  // Clearing pages is bound by memory, which a few cores keep busy.
+  return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1U, 8U));
 }
 
 }  // namespace
@@ -43,11 +65,13 @@ std::byte* Region::data() const {
 }
 
 Pool::Memory::Memory(size_t bytes, const PoolOptions& options)
-    : slab(bytes, options.huge_pages),
-      lock((slab.touch(options.touch_threads), slab.data()), bytes, options.page_lock) {}
+    : mapping(bytes, static_cast<size_t>(options.slab_bytes), options.huge_pages, options.numa_node),
+      lock((mapping.touch(touch_threads(options)), mapping.data()), bytes,
+           static_cast<size_t>(options.slab_bytes), options.page_lock) {}
 
 Pool::Pool(const PoolOptions& options)
     : capacity_(round_up_to_page(checked(options).capacity)),
+      slab_bytes_(static_cast<size_t>(options.slab_bytes)),
       memory_(std::make_shared<Memory>(capacity_, options)),
       runs_(capacity_) {}
 
@@ -75,7 +99,7 @@ bool Pool::take(Region& region, size_t bytes) {
   const auto offset = runs_.take(bytes);
   if (!offset) return false;
   region.pool_ = shared_from_this();
-  region.data_ = memory_->slab.data() + *offset;
+  region.data_ = memory_->mapping.data() + *offset;
   region.nbytes_ = bytes;
   ++stats_.acquires;
   stats_.peak_in_use = std::max(stats_.peak_in_use, runs_.held_bytes());
@@ -122,7 +146,7 @@ void Pool::release(std::byte* data) noexcept {
   std::shared_ptr<Memory> unmapped;  // dies after the lock: unmapping gigabytes takes a while
   {
     const std::lock_guard<std::mutex> guard(mutex_);
-    runs_.give_back(static_cast<size_t>(data - memory_->slab.data()));
+    runs_.give_back(static_cast<size_t>(data - memory_->mapping.data()));
     ++stats_.releases;
     if (closed_ && runs_.held_runs() == 0) unmapped = std::move(memory_);
   }
@@ -155,13 +179,23 @@ size_t Pool::in_use() const {
   return runs_.held_bytes();
 }
 
-size_t Pool::huge_bytes() const {
+uintptr_t Pool::base_address() const {
+  const auto guard = lock();
+  return memory_ != nullptr ? reinterpret_cast<uintptr_t>(memory_->mapping.data()) : 0;
+}
+
+std::optional<size_t> Pool::huge_bytes() const {
   std::shared_ptr<Memory> memory;
   {
     const auto guard = lock();
     memory = memory_;
   }
-  return memory != nullptr ? memory->slab.huge_bytes() : 0;
+  return memory != nullptr ? memory->mapping.huge_bytes() : 0;
+}
+
+size_t Pool::locked_bytes() const {
+  const auto guard = lock();
+  return memory_ != nullptr ? memory_->lock.locked_bytes() : 0;
 }
 
 bool Pool::page_locked() const {
@@ -172,6 +206,11 @@ bool Pool::page_locked() const {
 std::string Pool::page_lock_reason() const {
   const auto guard = lock();
   return memory_ != nullptr ? memory_->lock.reason() : "the pool is closed";
+}
+
+std::string Pool::numa_reason() const {
+  const auto guard = lock();
+  return memory_ != nullptr ? memory_->mapping.numa_reason() : "the pool is closed";
 }
 
 bool Pool::closed() const {

@@ -1,4 +1,4 @@
-// The pinned pool: one mapping, handed out in regions that return by themselves.
+// The pinned pool: one contiguous mapping in slabs, handed out in regions that return by themselves.
 #pragma once
 
 #include <condition_variable>
@@ -7,19 +7,21 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "pinned/fork_guard.h"
+#include "pinned/mapping.h"
 #include "pinned/page_lock.h"
 #include "pinned/runs.h"
-#include "pinned/slab.h"
 
 namespace zinfer::pinned {
 
 class Pool;
 
-// A run of the pool's memory, held from Pool::acquire() until it is destroyed, by any thread. It keeps the
-// pool's memory alive. The bytes are whatever was there before: nothing is zeroed between two holders.
+// A run of the pool's memory, held from Pool::acquire() until it is destroyed, by any thread; owned by whoever
+// acquired it. It keeps the pool's memory alive. Nothing but the bytes changes meanwhile, so any thread may read
+// it; the bytes are whatever was there before: nothing is zeroed between two holders.
 class Region {
  public:
   Region() = default;  // holds nothing
@@ -43,7 +45,9 @@ struct PoolOptions {
   int64_t capacity = 0;  // bytes, rounded up to kPageBytes
   PageLockMode page_lock = PageLockMode::automatic;
   bool huge_pages = true;
-  int touch_threads = 2;
+  std::optional<int> touch_threads;  // nothing: one for each CPU of this process, 8 at most
+  std::optional<int> numa_node;      // preferred, see numa.h
+  int64_t slab_bytes = kSlabBytes;   // a multiple of kHugePageBytes, at most kSlabBytes; smaller ones are for tests
 };
 
 struct PoolStats {
@@ -63,10 +67,12 @@ struct PoolStats {
 //       +----- owner and every region gone ---------------------------------+
 //
 // In a forked child close() and the destructors do nothing, and every other call throws ClosedError.
-// How runs are placed is told in runs.h.
+// How runs are placed is told in runs.h. They are placed without regard to slabs, so a region may straddle the
+// edge of one, at base_address() + n * slab_bytes(). Each slab is a page lock of its own, and a CUDA copy must
+// not span two of them: whoever copies to a device splits there.
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  // Maps, touches and page-locks. Throws OptionError, or BudgetError where memory or the lock is refused.
+  // Maps, binds, touches and page-locks. Throws OptionError, or BudgetError where memory or the lock is refused.
   static std::shared_ptr<Pool> create(const PoolOptions& options);
 
   // A region of at least `nbytes` (rounded up to kPageBytes), or nullptr when no run is long enough.
@@ -86,9 +92,13 @@ class Pool : public std::enable_shared_from_this<Pool> {
   size_t free_bytes() const;
   size_t largest_free() const;
   size_t in_use() const;
-  size_t huge_bytes() const;  // 0 once unmapped
-  bool page_locked() const;
-  std::string page_lock_reason() const;  // empty while page-locked
+  uintptr_t base_address() const;  // of the first byte; 0 once unmapped
+  size_t slab_bytes() const { return slab_bytes_; }
+  std::optional<size_t> huge_bytes() const;  // 0 once unmapped; nothing where the kernel does not tell
+  size_t locked_bytes() const;               // page-locked now, from the first byte on
+  bool page_locked() const;                  // all of it
+  std::string page_lock_reason() const;      // empty while all is page-locked
+  std::string numa_reason() const;           // why not bound to the node asked for; empty when bound or not asked
   bool closed() const;
   PoolStats stats() const;
   void check_integrity() const;  // throws std::logic_error
@@ -99,7 +109,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // The mapping and its page lock; members die in reverse order, so the lock goes first.
   struct Memory {
     Memory(size_t bytes, const PoolOptions& options);
-    Slab slab;
+    Mapping mapping;
     PageLock lock;
   };
 
@@ -111,6 +121,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   const ForkGuard guard_;
   const size_t capacity_;
+  const size_t slab_bytes_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;  // a region returned, or the pool was closed
   // All below is guarded by mutex_.

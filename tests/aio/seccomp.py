@@ -4,8 +4,22 @@ import ctypes
 import platform
 import struct
 
-X86_64 = {"io_setup": 206, "io_getevents": 208, "io_submit": 209, "io_uring_setup": 425, "seccomp": 317}
-AARCH64 = {"io_setup": 0, "io_getevents": 4, "io_submit": 2, "io_uring_setup": 425, "seccomp": 277}
+X86_64 = {
+    "io_setup": 206,
+    "io_getevents": 208,
+    "io_submit": 209,
+    "io_uring_setup": 425,
+    "mbind": 237,
+    "seccomp": 317,
+}
+AARCH64 = {
+    "io_setup": 0,
+    "io_getevents": 4,
+    "io_submit": 2,
+    "io_uring_setup": 425,
+    "mbind": 235,
+    "seccomp": 277,
+}
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}.get(platform.machine(), {})
 
 LOAD_NUMBER, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06

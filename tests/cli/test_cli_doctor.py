@@ -10,6 +10,7 @@ from zinfer.aio.block_device import BlockDevice, Mount
 from zinfer.doctor import NOTE, OK, PROBLEM, as_text, drive, facts, gather, judge
 from zinfer.doctor.drive import Drive
 from zinfer.doctor.facts import Backends, Facts, Memory, Pages, Versions
+from zinfer.pinned.numa import online_nodes
 
 GIB = 1 << 30
 
@@ -80,6 +81,13 @@ def without_io_uring(reason: str, sysctl: int | None = 0, kernel: str = "6.1") -
         (of("drive", direct=False, direct_reason="EINVAL"), "O_DIRECT", NOTE, "xfs"),
         (of("pages", transparent_huge_pages="never", huge_bytes=0), "huge pages", NOTE, "echo madvise >"),
         (of("pages", huge_bytes=2 << 20), "huge pages", NOTE, "compact_memory"),
+        (of("pages", huge_bytes=None), "huge pages", NOTE, "/proc"),
+        (
+            of("pages", numa_nodes=(0, 1), numa_node=1, numa_reason="mbind to node 1: EPERM"),
+            "NUMA",
+            NOTE,
+            "SYS_NICE",
+        ),
         (of("pages", failure="no memory"), "page locking", PROBLEM, "memory"),
         (of("memory", budget=64 << 20), "memory", PROBLEM, "--memory"),
         (of("memory", budget=512 << 20), "memory", NOTE, "--memory"),
@@ -98,6 +106,27 @@ def test_locked_memory_matters_with_a_gpu_or_on_old_kernels():
     assert {"page locking", "memlock limit", "devices"} == {finding.topic for finding in unwell(with_gpu)}
     assert "computes on the CPU" in as_text(judge(with_gpu))
     assert [finding.topic for finding in unwell(of("versions", kernel="5.4.0"))] == ["memlock limit"]
+
+
+def numa_findings(**changes) -> list[str]:
+    return [finding.text for finding in judge(of("pages", **changes)) if finding.topic == "NUMA"]
+
+
+def test_numa_is_spoken_of_only_where_there_is_more_than_one_node():
+    assert numa_findings() == []
+    assert numa_findings(numa_nodes=(0, 2)) == [
+        "2 nodes (0, 2); the drive is not known to be nearer to one of them"
+    ]
+    assert "the drive is on node 2" in numa_findings(numa_nodes=(0, 2), numa_node=2)[0]
+
+
+def test_the_test_pool_is_asked_for_near_the_drive(tmp_path, monkeypatch):
+    first = online_nodes()[0]
+    monkeypatch.setattr(facts, "online_nodes", lambda: [first, first + 1])
+    near = replace(HEALTHY.drive, device=BlockDevice("a-drive", "nvme0n1", numa_node=first))
+    monkeypatch.setattr(facts, "look_at", lambda path: near)
+    pages = gather(str(tmp_path)).pages
+    assert (pages.numa_nodes, pages.numa_node) == ((first, first + 1), first)
 
 
 def test_a_virtual_drive_that_calls_itself_rotational_is_believed_by_its_speed():

@@ -10,25 +10,37 @@ from zinfer.errors import BudgetError
 from zinfer.pinned import Pool
 
 PAGE = 4096
+SLAB = 2 << 20
 
 SOURCE = r"""
 #include <cstddef>
 extern "C" {
 int devices = 1, count_result = 0, register_result = 0;  // the script
+int calls_before_failure = 0;                            // that many registrations succeed all the same
 int registered = 0, unregistered = 0, cleared = 0;       // the record
+int strangers = 0;                                       // unregistered, but not registered before
+void* bases[64];
 void* last_base = nullptr;
 size_t last_bytes = 0;
 unsigned last_flags = 0;
 
 int cudaGetDeviceCount(int* count) { *count = devices; return count_result; }
 int cudaHostRegister(void* base, size_t bytes, unsigned flags) {
+  if (register_result != 0 && calls_before_failure-- <= 0) return register_result;
   last_base = base; last_bytes = bytes; last_flags = flags;
-  if (register_result == 0) ++registered;
-  return register_result;
+  bases[registered++] = base;
+  return 0;
 }
 int cudaHostUnregister(void* base) {
   // Unregistering after unmapping would be a fault: touch the memory.
-  if (base == last_base) { *static_cast<volatile char*>(base) = 1; ++unregistered; }
+  for (void*& known : bases) {
+    if (known != base) continue;
+    *static_cast<volatile char*>(base) = 1;
+    known = nullptr;
+    ++unregistered;
+    return 0;
+  }
+  ++strangers;
   return 0;
 }
 const char* cudaGetErrorString(int error) { return error == 2 ? "out of memory" : "some error"; }
@@ -44,8 +56,12 @@ class FakeRuntime:
 
     def __init__(self, path):
         object.__setattr__(self, "library", ctypes.CDLL(str(path)))
-        for name in ("devices", "count_result", "register_result", "registered", "unregistered", "cleared"):
+        for name in (
+            "devices", "count_result", "register_result", "calls_before_failure",
+            "registered", "unregistered", "cleared", "strangers",
+        ):  # fmt: skip
             setattr(self, name, 1 if name == "devices" else 0)
+        ctypes.memset((ctypes.c_void_p * 64).in_dll(self.library, "bases"), 0, 64 * 8)
 
     def __getattr__(self, name):
         kind = {"last_bytes": ctypes.c_size_t, "last_base": ctypes.c_void_p}.get(name, ctypes.c_int)
@@ -74,7 +90,9 @@ def library(request, tmp_path_factory):
 @pytest.fixture
 def runtime(library, monkeypatch):
     monkeypatch.setenv("ZINFER_CUDART", str(library))
-    return FakeRuntime(library)
+    runtime = FakeRuntime(library)
+    yield runtime
+    assert runtime.strangers == 0
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -120,7 +138,9 @@ def test_a_refused_registration_is_reported_and_the_pool_works_pageable(runtime)
     runtime.register_result = 2
     pool = Pool(8 * PAGE)
     assert not pool.page_locked
-    assert pool.page_lock_reason == f"cudaHostRegister of {8 * PAGE} bytes: out of memory (cudaError 2)"
+    assert pool.page_lock_reason == (
+        f"cudaHostRegister of slab 1 of 1, {8 * PAGE} bytes: out of memory (cudaError 2)"
+    )
     memoryview(pool.acquire(PAGE))[0] = 1
     pool.close()
     assert runtime.unregistered == 0
@@ -137,6 +157,48 @@ def test_on_raises_with_the_reason_when_registration_is_refused(runtime):
     with pytest.raises(BudgetError, match=f'{8 * PAGE} bytes.*out of memory.*page_lock="auto"'):
         Pool(8 * PAGE, page_lock="on")
     assert runtime.unregistered == 0
+
+
+def three_slabs_and_a_page(mode="auto"):
+    return Pool(3 * SLAB + PAGE, page_lock=mode, slab_bytes=SLAB)
+
+
+def registered_bases(runtime):
+    return [base for base in (ctypes.c_void_p * 64).in_dll(runtime.library, "bases") if base]
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_every_slab_is_registered_by_itself_and_the_last_may_be_short(runtime, mode):
+    pool = three_slabs_and_a_page(mode)
+    assert (pool.page_locked, pool.locked_bytes, pool.page_lock_reason) == (True, pool.capacity, "")
+    assert registered_bases(runtime) == [pool.base_address + number * SLAB for number in range(4)]
+    assert runtime.last_bytes == PAGE
+    pool.close()
+    assert (runtime.unregistered, registered_bases(runtime)) == (4, [])
+
+
+@pytest.mark.parametrize("locked", [1, 2, 3])
+def test_auto_keeps_the_slabs_locked_before_the_one_that_was_refused(runtime, locked):
+    runtime.register_result, runtime.calls_before_failure = 2, locked
+    pool = three_slabs_and_a_page()
+    assert (pool.page_locked, pool.locked_bytes) == (False, locked * SLAB)
+    size = PAGE if locked == 3 else SLAB
+    assert pool.page_lock_reason == (
+        f"cudaHostRegister of slab {locked + 1} of 4, {size} bytes: out of memory (cudaError 2)"
+    )
+    assert registered_bases(runtime) == [pool.base_address + number * SLAB for number in range(locked)]
+    memoryview(pool.acquire(pool.capacity))[-1] = 1
+    pool.close()
+    assert (runtime.unregistered, registered_bases(runtime)) == (locked, [])
+    assert (pool.page_locked, pool.locked_bytes) == (False, 0)
+
+
+@pytest.mark.parametrize("locked", [1, 3])
+def test_on_unregisters_the_slabs_before_the_one_that_was_refused_and_raises(runtime, locked):
+    runtime.register_result, runtime.calls_before_failure = 2, locked
+    with pytest.raises(BudgetError, match=rf"slab {locked + 1} of 4.*out of memory"):
+        three_slabs_and_a_page("on")
+    assert (runtime.registered, runtime.unregistered) == (locked, locked)
 
 
 def test_no_device_leaves_the_memory_pageable(runtime):

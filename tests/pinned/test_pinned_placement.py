@@ -108,7 +108,8 @@ def test_one_size_in_fifo_order_is_refused_only_when_the_ring_is_full(pages, cap
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_mixed_sizes_in_fifo_order_are_never_refused_with_four_of_the_longest_free(seed):
+def test_mixed_sizes_in_fifo_order_are_not_refused_with_four_of_the_longest_free(seed):
+    """Rarely even with six: see runs.h. tests/native/test_pool_soak.py looks for the worst."""
     choose = random.Random(seed)
     menu = [choose.randint(1, 40) for _ in range(choose.randint(1, 8))]
     pool = pool_of(choose.randint(3 * max(menu), 12 * max(menu)))

@@ -79,7 +79,19 @@ def test_a_capacity_below_one_is_a_value_error(capacity):
         Pool(capacity)
 
 
-@pytest.mark.parametrize("options", [{"page_lock": "perhaps"}, {"touch_threads": 0}, {"touch_threads": -3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"page_lock": "perhaps"},
+        {"touch_threads": 0},
+        {"touch_threads": -3},
+        {"slab_bytes": 0},
+        {"slab_bytes": -2 * MIB},
+        {"slab_bytes": 3 * MIB},
+        {"slab_bytes": 1024 * MIB + 2 * MIB},
+        {"numa_node": -1},
+    ],
+)
 def test_an_option_out_of_range_is_named(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         Pool(PAGE, **options)
@@ -121,6 +133,52 @@ def test_a_large_pool_sits_on_huge_pages_and_aligned():
     assert pool.huge_bytes <= pool.capacity
 
 
+def test_a_slab_is_a_gibibyte_unless_told_otherwise():
+    assert Pool(PAGE, page_lock="off").slab_bytes == 1 << 30
+    assert Pool(PAGE, page_lock="off", slab_bytes=2 * MIB).slab_bytes == 2 * MIB
+
+
+def test_many_slabs_are_one_range_of_addresses_and_all_of_it_a_region():
+    pool = Pool(9 * MIB + PAGE, page_lock="off", slab_bytes=2 * MIB)
+    region = pool.acquire(pool.capacity)
+    assert region.address == pool.base_address
+    assert region.nbytes == pool.capacity == 9 * MIB + PAGE
+    assert memoryview(region).tobytes() == bytes(pool.capacity)
+    del region
+    pool.close()
+    assert pool.base_address == 0
+
+
+def test_huge_bytes_are_what_the_kernel_counts_for_the_whole_process():
+    before = huge_bytes_of_the_process()
+    pool = Pool(16 * MIB, page_lock="off", slab_bytes=4 * MIB)
+    assert huge_bytes_of_the_process() - before == pool.huge_bytes
+    plain = Pool(16 * MIB, page_lock="off", slab_bytes=4 * MIB, huge_pages=False)
+    assert plain.huge_bytes == 0
+    assert huge_bytes_of_the_process() - before == pool.huge_bytes
+
+
+def huge_bytes_of_the_process():
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this kernel does not count huge pages")
+
+
+def test_huge_bytes_are_unknown_where_smaps_cannot_be_read():
+    output = run_python("""
+        import os, resource
+        from zinfer.pinned import Pool
+
+        pool = Pool(4096, page_lock="off")
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, lowest_free))
+        print(pool.huge_bytes)
+    """)
+    assert output == "None\n"
+
+
 def test_huge_pages_are_not_used_when_they_are_not_wanted():
     assert Pool(8 * MIB, page_lock="off", huge_pages=False).huge_bytes == 0
 
@@ -132,7 +190,7 @@ def test_huge_bytes_count_this_pool_only():
     assert pools[2].huge_bytes == 0
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("threads", [None, 1, 2, 3, 7, 64])
 @pytest.mark.parametrize("capacity", [PAGE, 2 * MIB, 6 * MIB + PAGE])
 def test_fresh_memory_reads_as_zeros_however_it_was_touched(capacity, threads):
     pool = Pool(capacity, page_lock="off", touch_threads=threads)

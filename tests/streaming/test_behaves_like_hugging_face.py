@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,18 @@ def test_the_report_is_text_and_plain_data(model):
     assert data["bytes_read"] > data["model_bytes"]
     parts = ("planned_resident_bytes", "window_bytes", "small_bytes", "bounce_bytes", "conversion_bytes")
     assert sum(data[part] for part in parts) <= data["budget"]
+    assert data["pool_bytes"] >= data["planned_resident_bytes"] + data["window_bytes"]
+    assert data["huge_page_bytes"] is None or 0 <= data["huge_page_bytes"] <= data["pool_bytes"]
+    assert "of it on huge pages" in str(report)
+    assert "an unknown part of it" in str(replace(report, huge_page_bytes=None))
+
+
+def test_after_the_end_no_pool_is_reported(model):
+    tokens(model, count=2)
+    model.zinfer.close()
+    gc.collect()
+    report = model.zinfer.report()
+    assert (report.pool_bytes, report.huge_page_bytes) == (0, 0)
 
 
 def test_a_with_block_closes_and_later_use_says_so(saved):

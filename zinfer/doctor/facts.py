@@ -20,6 +20,7 @@ from zinfer.aio import Engine
 from zinfer.doctor.drive import Drive, look_at
 from zinfer.errors import BudgetError, OptionError
 from zinfer.pinned import Pool
+from zinfer.pinned.numa import node_for, online_nodes
 from zinfer.plan.memory import free_memory, total_memory
 from zinfer.streaming import default_budget
 
@@ -56,7 +57,9 @@ class Pages:
     """Limits in bytes, None for unlimited. `huge_bytes` of `pool_bytes` of a test pool were on huge pages.
 
     `transparent_huge_pages` is the kernel's setting: "always", "madvise" or "never"; "" where unknown.
-    `failure` tells why there was no test pool.
+    `huge_bytes` is None where the kernel does not count them. `failure` tells why there was no test pool.
+    `numa_nodes` are online; the test pool was to lie on `numa_node`, the drive's, None for no preference, and
+    `numa_reason` tells why it does not.
     """
 
     lock_limit: int | None
@@ -64,8 +67,11 @@ class Pages:
     page_lock_reason: str
     transparent_huge_pages: str
     pool_bytes: int
-    huge_bytes: int
+    huge_bytes: int | None
     failure: str
+    numa_nodes: tuple[int, ...] = (0,)
+    numa_node: int | None = None
+    numa_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class Facts:
 def gather(path: str) -> Facts:
     """Look at the machine, and at the drive behind `path`; takes about two seconds, leaves nothing behind."""
     memory = _memory()  # before the test pool
+    drive = look_at(path)
     return Facts(
         versions=Versions(
             __version__,
@@ -103,8 +110,8 @@ def gather(path: str) -> Facts:
             platform.release(),
         ),
         backends=_backends(),
-        drive=look_at(path),
-        pages=_pages(),
+        drive=drive,
+        pages=_pages(drive),
         memory=memory,
         open_files=_limit(resource.RLIMIT_NOFILE),
         cuda_devices=_cuda_devices(),
@@ -121,17 +128,28 @@ def _backends() -> Backends:
     return Backends(used, fallbacks, int(setting) if setting.isdecimal() else None)
 
 
-def _pages() -> Pages:
+def _pages(drive: Drive) -> Pages:
     setting = _text(TRANSPARENT_HUGE_PAGES)
     chosen = setting.partition("[")[2].partition("]")[0]
     lock_limit = _limit(resource.RLIMIT_MEMLOCK)
+    nodes = tuple(online_nodes())
+    node = node_for([drive.device.numa_node if drive.device else None], nodes)
     try:
-        pool = Pool(POOL_BYTES, page_lock="auto")
+        pool = Pool(POOL_BYTES, page_lock="auto", numa_node=node)
     except (BudgetError, OptionError) as error:
-        return Pages(lock_limit, False, "", chosen, 0, 0, str(error))
+        return Pages(lock_limit, False, "", chosen, 0, 0, str(error), nodes, node)
     try:
         return Pages(
-            lock_limit, pool.page_locked, pool.page_lock_reason, chosen, pool.capacity, pool.huge_bytes, ""
+            lock_limit,
+            pool.page_locked,
+            pool.page_lock_reason,
+            chosen,
+            pool.capacity,
+            pool.huge_bytes,
+            "",
+            nodes,
+            node,
+            pool.numa_reason,
         )
     finally:
         pool.close()

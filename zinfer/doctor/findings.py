@@ -42,6 +42,7 @@ def judge(facts: Facts) -> list[Finding]:
         *_reads(facts.drive),
         *_page_locking(facts),
         *_huge_pages(facts.pages),
+        *_numa(facts.pages),
         *_memory(facts.memory),
         _open_files(facts.open_files),
         _devices(facts.cuda_devices),
@@ -199,6 +200,12 @@ def _page_locking(facts: Facts) -> Iterator[Finding]:
 def _huge_pages(pages: Pages) -> Iterator[Finding]:
     if pages.failure:
         return
+    if pages.huge_bytes is None:
+        yield Finding(
+            "huge pages", NOTE, "unknown: /proc/self/smaps, which counts them, cannot be read",
+            "in a container, mount /proc; ulimit -n 1024 where file descriptors have run out",
+        )  # fmt: skip
+        return
     text = (
         f"{pages.transparent_huge_pages or 'setting unknown'}; {_size(pages.huge_bytes)} of a test pool of "
         f"{_size(pages.pool_bytes)} are on them"
@@ -213,6 +220,21 @@ def _huge_pages(pages: Pages) -> Iterator[Finding]:
         yield Finding(
             "huge pages", NOTE, text, "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
         )
+
+
+def _numa(pages: Pages) -> Iterator[Finding]:
+    if len(pages.numa_nodes) < 2:
+        return
+    text = f"{len(pages.numa_nodes)} nodes ({', '.join(map(str, pages.numa_nodes))})"
+    if pages.numa_node is None:
+        yield Finding("NUMA", OK, f"{text}; the drive is not known to be nearer to one of them")
+    elif pages.numa_reason:
+        yield Finding(
+            "NUMA", NOTE, f"{text}; no memory near the drive, on node {pages.numa_node}: {pages.numa_reason}",
+            f"in a container: docker run --cap-add SYS_NICE, and {pages.numa_node} in --cpuset-mems if that is given",
+        )  # fmt: skip
+    else:
+        yield Finding("NUMA", OK, f"{text}; the drive is on node {pages.numa_node}, and so was the test pool")
 
 
 def _memory(memory: Memory) -> Iterator[Finding]:

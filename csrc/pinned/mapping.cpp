@@ -1,4 +1,4 @@
-#include "pinned/slab.h"
+#include "pinned/mapping.h"
 
 #include <sys/mman.h>
 
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "pinned/errors.h"
+#include "pinned/numa.h"
 
 namespace zinfer::pinned {
 namespace {
@@ -32,7 +33,7 @@ void touch_range(std::byte* from, std::byte* to) {
 
 }  // namespace
 
-Slab::Slab(size_t bytes, bool huge) : size_(bytes) {
+Mapping::Mapping(size_t bytes, size_t slab_bytes, bool huge, std::optional<int> node) : size_(bytes) {
   const size_t alignment = huge && bytes >= kHugePageBytes ? kHugePageBytes : kPageBytes;
   reserved_bytes_ = bytes + alignment + kPageBytes;  // room to align, and an edge on either side
   // Not MAP_NORESERVE: the kernel shall refuse now what it could not give later.
@@ -40,27 +41,35 @@ Slab::Slab(size_t bytes, bool huge) : size_(bytes) {
   if (reserved_ == MAP_FAILED) throw_refused("mmap", bytes, errno);
   const auto first = reinterpret_cast<uintptr_t>(reserved_) + kPageBytes;
   data_ = reinterpret_cast<std::byte*>(round_up(first, alignment));
-
-  const auto refused = [&](const char* call) {
+  for (size_t at = 0; at < size_; at += slab_bytes) {
+    const char* const refused = make_slab(data_ + at, std::min(slab_bytes, size_ - at), huge, node);
+    if (refused == nullptr) continue;
     const int error = errno;
     munmap(reserved_, reserved_bytes_);
-    throw_refused(call, bytes, error);
-  };
-  if (mprotect(data_, size_, PROT_READ | PROT_WRITE) != 0) refused("mprotect");
-  if (madvise(data_, size_, MADV_DONTFORK) != 0) refused("madvise(MADV_DONTFORK)");
-  // Advice only: a kernel without transparent huge pages refuses it, and huge_bytes() then says 0.
-  madvise(data_, size_, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    throw_refused(refused, bytes, error);
+  }
 }
 
-Slab::~Slab() {
+// Returns nullptr, or the call that was refused, with errno.
+const char* Mapping::make_slab(std::byte* slab, size_t bytes, bool huge, std::optional<int> node) {
+  if (mprotect(slab, bytes, PROT_READ | PROT_WRITE) != 0) return "mprotect";
+  if (madvise(slab, bytes, MADV_DONTFORK) != 0) return "madvise(MADV_DONTFORK)";
+  // Advice only: a kernel without transparent huge pages refuses it, and huge_bytes() then says 0.
+  madvise(slab, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  // Before the first touch, which is when a page gets its place. Memory on the wrong node is slower, not wrong.
+  if (node && numa_reason_.empty()) numa_reason_ = prefer_node(slab, bytes, *node);
+  return nullptr;
+}
+
+Mapping::~Mapping() {
   if (!guard_.in_child()) munmap(reserved_, reserved_bytes_);
 }
 
-void Slab::touch(int threads) {
+void Mapping::touch(int threads) {
   // Whole huge pages to each thread: two threads on one would fault it in twice.
   const size_t piece = round_up(std::max<size_t>(size_ / static_cast<size_t>(threads), 1), kHugePageBytes);
-  std::byte* const end = data_ + size_;
   std::vector<std::thread> helpers;
+  helpers.reserve(size_ / piece);  // so that no running thread is lost for want of memory
   for (size_t at = piece; at < size_; at += piece) {
     std::byte* const from = data_ + at;
     std::byte* const to = data_ + std::min(at + piece, size_);
@@ -70,13 +79,13 @@ void Slab::touch(int threads) {
       touch_range(from, to);
     }
   }
-  touch_range(data_, std::min(data_ + piece, end));
+  touch_range(data_, data_ + std::min(piece, size_));
   for (auto& helper : helpers) helper.join();
 }
 
-size_t Slab::huge_bytes() const {
+std::optional<size_t> Mapping::huge_bytes() const {
   std::ifstream smaps("/proc/self/smaps");
-  if (!smaps) throw std::runtime_error("cannot read /proc/self/smaps to count huge pages");
+  if (!smaps) return std::nullopt;
   const auto first = reinterpret_cast<uintptr_t>(data_);
   size_t total = 0;
   bool inside = false;
