@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from zinfer.aio.block_device import BlockDevice, Mount
+from zinfer.aio.block_device import BlockDevice, Mount, block_device_of
+from zinfer.aio.profile import Profile, save_profile
 from zinfer.doctor import NOTE, OK, PROBLEM, as_text, drive, facts, gather, judge
 from zinfer.doctor.drive import Drive
 from zinfer.doctor.facts import Backends, Facts, Memory, Pages, Versions
@@ -127,6 +128,13 @@ def test_the_test_pool_is_asked_for_near_the_drive(tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "look_at", lambda path: near)
     pages = gather(str(tmp_path)).pages
     assert (pages.numa_nodes, pages.numa_node) == ((first, first + 1), first)
+
+
+def test_the_profile_that_aio_bench_kept_is_shown(tmp_path):
+    device = block_device_of(str(tmp_path))
+    save_profile(device, Profile("libaio", 256 << 10, 32, 1, 3.21e9, None, "2026-11-20T21:00:00"))
+    text = as_text(judge(replace(HEALTHY, drive=drive.look_at(str(tmp_path)))))
+    assert f"{device.name}: libaio, blocks of 256 KiB, depth 32, 3.21 GB/s (aio_bench, 2026-11-20" in text
 
 
 def test_a_virtual_drive_that_calls_itself_rotational_is_believed_by_its_speed():

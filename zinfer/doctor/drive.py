@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from zinfer.aio import File
 from zinfer.aio.block_device import MOUNTS, BlockDevice, Mount, block_device_of, mount_of
 from zinfer.aio.probe import BLOCK_BYTES, measure_read_rate
+from zinfer.aio.profile import Profile, load_profile
 from zinfer.errors import DriveError
 
 SAMPLE_BYTES = 256 << 20  # of the temporary file that is measured
@@ -26,6 +27,7 @@ class Drive:
 
     `kind`: "folder", "file", "missing" or "other". `measured`: what was read, in words, "" if nothing was;
     then `failure` says why, and `direct`, `alignment` (bytes) and `read_rate` (bytes a second) are None.
+    `profile` is what aio_bench has kept of the device.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Drive:
     alignment: int | None = None
     read_rate: float | None = None
     failure: str = ""
+    profile: Profile | None = None
 
 
 def look_at(path: str) -> Drive:
@@ -58,7 +61,8 @@ def look_at(path: str) -> Drive:
             "folder" if folder else "file",
             writable=_takes_files(path) if folder else os.access(path, os.W_OK),
             mount=mount,
-            device=block_device_of(path),
+            device=(device := block_device_of(path)),
+            profile=load_profile(device),
             free=_free(path),
         )
         with _sample(found) as (paths, what):

@@ -40,6 +40,7 @@ def judge(facts: Facts) -> list[Finding]:
         *_backends(facts.backends, facts.versions.kernel),
         *_place(facts.drive),
         *_reads(facts.drive),
+        *_profile(facts.drive),
         *_page_locking(facts),
         *_huge_pages(facts.pages),
         *_numa(facts.pages),
@@ -175,6 +176,22 @@ def _reads(drive: Drive) -> Iterator[Finding]:
     )
 
 
+def _profile(drive: Drive) -> Iterator[Finding]:
+    if drive.device is None or drive.kind in ("missing", "other"):
+        return
+    profile = drive.profile
+    if profile is None:
+        yield Finding("profile", OK, f"none of {drive.device.name}; aio_bench would find its best setting")
+        return
+    rate = f", {profile.read_rate / 1e9:.2f} GB/s" if profile.read_rate else ""
+    how = "threads" if profile.backend == "threads" else "depth"
+    text = (
+        f"{drive.device.name}: {profile.backend}, blocks of {_size(profile.block_bytes)}, {how} {profile.depth}"
+        f"{rate} (aio_bench, {profile.measured})"
+    )
+    yield Finding("profile", OK, text)
+
+
 def _page_locking(facts: Facts) -> Iterator[Finding]:
     pages, cuda = facts.pages, bool(facts.cuda_devices)
     if pages.failure:
@@ -273,4 +290,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _size(count: int) -> str:
+    if count < 1 << 20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
