@@ -5,6 +5,7 @@ nothing --write--> parts, journal --manifest.json--> complete --a file's size di
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 from zinfer.errors import CheckpointError, StoreError
 from zinfer.store.folder import describe, prepare_root, write_errors
 from zinfer.store.part_file import hash_file, write_file
-from zinfer.weights.checkpoint import read_json
+from zinfer.weights.checkpoint import is_inside, read_json
 
 logger = logging.getLogger("zinfer")
 
@@ -37,6 +38,14 @@ class FileRecord:
     sha256: str  # hex
     source_size: int | None = None  # bytes
     source_mtime_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no file has."""
+        numbers = [number for number in (self.source_size, self.source_mtime_ns) if number is not None]
+        if not all(type(number) is int for number in (self.size, *numbers)) or self.size < 0:
+            raise ValueError(f"size {self.size!r}, source {self.source_size!r} {self.source_mtime_ns!r}")
+        if not isinstance(self.sha256, str):
+            raise ValueError(f"sha256 {self.sha256!r}")
 
 
 class Entry:
@@ -161,6 +170,9 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
         manifest = read_json(path)
         if any(manifest.get(key) != value for key, value in about.items()):
             raise ValueError(f"it is not about {about}")
+        outside = [name for name in manifest["files"] if not is_inside(name)]
+        if outside:
+            raise ValueError(f"{outside} are no names of files in this folder")
         return {name: FileRecord(**record) for name, record in manifest["files"].items()}
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: not used: %s", path, error)
@@ -168,10 +180,13 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
 
 
 def _size(path: str) -> int | None:
+    """Bytes; None where there is no such file, nor can be."""
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return None
+        raise StoreError(f"{path}: cannot be looked at: {describe(error)}; check the drive") from error
 
 
 def _flock(fd: int, path: str) -> None:
