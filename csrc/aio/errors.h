@@ -40,6 +40,9 @@ struct OptionFailure : std::runtime_error {
 // strerror() that is safe on any thread.
 std::string describe_errno(int error);
 
+// "; raise `ulimit -n`..." where `error` is that of a process, or machine, out of descriptors; else "".
+std::string descriptor_remedy(int error);
+
 // The message every failed read or write carries: path, offset, length, cause, backend and remedy.
 DriveFailure transfer_failure(bool writing, const std::string& path, std::uint64_t offset, std::uint64_t length,
                               int error, const std::string& backend, bool direct);

@@ -51,7 +51,7 @@ struct Work {
 
 class Reactor {
  public:
-  // Takes over the backend and starts the thread; completed requests are counted on event_fd.
+  // Takes over the backend and starts the thread; completed requests are counted on event_fd. Throws OptionFailure.
   Reactor(std::unique_ptr<Backend> backend, unsigned depth, std::uint64_t bounce_slot_bytes, int event_fd);
   // stop()s.
   ~Reactor();

@@ -29,7 +29,7 @@ from zinfer.weights.safetensors_header import TensorEntry, read_header
 
 from .mutate import BARE, Framing
 
-LONGEST_MESSAGE = 4000  # characters; what is longer buries the remedy
+LONGEST_MESSAGE = 10_000  # characters: a path of PATH_MAX, twice
 DRIVE = BlockDevice("Fuzzed-S1", "nvme0n1")
 INDEX = "model.safetensors.index.json"
 

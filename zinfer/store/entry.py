@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from zinfer.errors import CheckpointError, StoreError
 from zinfer.store.folder import describe, prepare_root, write_errors
 from zinfer.store.part_file import hash_file, write_file
 from zinfer.weights.checkpoint import is_inside, read_json
+from zinfer.weights.safetensors_header import quote
 
 logger = logging.getLogger("zinfer")
 
@@ -42,10 +44,10 @@ class FileRecord:
     def __post_init__(self) -> None:
         """Raises ValueError for what no file has."""
         numbers = [number for number in (self.source_size, self.source_mtime_ns) if number is not None]
-        if not all(type(number) is int for number in (self.size, *numbers)) or self.size < 0:
-            raise ValueError(f"size {self.size!r}, source {self.source_size!r} {self.source_mtime_ns!r}")
-        if not isinstance(self.sha256, str):
-            raise ValueError(f"sha256 {self.sha256!r}")
+        if not all(type(number) is int and abs(number) < 1 << 63 for number in (self.size, *numbers)):
+            raise ValueError(f"sizes {quote(self.size)}, {quote(numbers)}")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 {quote(self.sha256)}")
 
 
 class Entry:
@@ -172,7 +174,7 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
             raise ValueError(f"it is not about {about}")
         outside = [name for name in manifest["files"] if not is_inside(name)]
         if outside:
-            raise ValueError(f"{outside} are no names of files in this folder")
+            raise ValueError(f"{quote(outside)} are no names of files in this folder")
         return {name: FileRecord(**record) for name, record in manifest["files"].items()}
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: not used: %s", path, error)

@@ -91,10 +91,14 @@ def is_inside(file: Any) -> bool:
     if not isinstance(file, str) or not file or "\0" in file:
         return False
     try:
-        os.fsencode(file)
+        longer_than_any_path = len(os.fsencode(file)) >= 4096
     except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it, no file system can
         return False
-    return not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+    return (
+        not longer_than_any_path
+        and not PurePosixPath(file).is_absolute()
+        and ".." not in PurePosixPath(file).parts
+    )
 
 
 def read_json(path: str) -> dict[str, Any]:
