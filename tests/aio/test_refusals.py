@@ -1,4 +1,4 @@
-"""A kernel that refuses: io_uring and libaio forbidden, also in mid-flight, no descriptor, thread or locked page left."""
+"""A kernel that refuses: calls forbidden, now or in mid-flight; no descriptor, thread or locked page to be had."""
 
 import errno
 

@@ -12,6 +12,8 @@ from typing import Any
 from zinfer.errors import CheckpointError
 from zinfer.weights.safetensors_header import TensorEntry, quote, read_header
 
+PATH_MAX = 4096  # bytes, of Linux
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -91,14 +93,11 @@ def is_inside(file: Any) -> bool:
     if not isinstance(file, str) or not file or "\0" in file:
         return False
     try:
-        longer_than_any_path = len(os.fsencode(file)) >= 4096
+        if len(os.fsencode(file)) >= PATH_MAX:
+            return False
     except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it, no file system can
         return False
-    return (
-        not longer_than_any_path
-        and not PurePosixPath(file).is_absolute()
-        and ".." not in PurePosixPath(file).parts
-    )
+    return not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
 
 
 def read_json(path: str) -> dict[str, Any]:
