@@ -96,7 +96,8 @@ std::int64_t integer(const py::handle& number, const char* name) {
   const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   if (overflow != 0)
-    throw OptionFailure(std::string(name) + " must fit in 64 bits, which " + std::string(py::str(number)) + " does not");
+    throw OptionFailure(std::string(name) + " must fit in 64 bits, which " + std::string(py::repr(number)) +
+                        " does not");
   return value;
 }
 
@@ -132,7 +133,8 @@ Fault parse_fault(const py::tuple& line) {
 MemoryExtent parse_extent(const py::handle& item) {
   const auto row = py::cast<py::tuple>(item);
   if (row.size() != 5) throw py::value_error("an extent is (file, offset, length, address, slack)");
-  return {row[0].cast<const File*>(), integer(row[1], "offset"), integer(row[2], "length"), integer(row[3], "address"), row[4].cast<bool>()};
+  return {row[0].cast<const File*>(), integer(row[1], "offset"), integer(row[2], "length"), integer(row[3], "address"),
+          row[4].cast<bool>()};
 }
 
 // ---- what Python holds --------------------------------------------------------------------------------

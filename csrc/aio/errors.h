@@ -10,6 +10,7 @@
 namespace zinfer::aio {
 
 // A read or write failed, came up short or was cancelled. `error` is an errno value, 0 when the file ended early.
+// One that ended a request lives in the Request.
 struct DriveFailure : std::runtime_error {
   DriveFailure(const std::string& message, std::string path_, std::uint64_t offset_, std::uint64_t length_,
                int error_, std::string backend_)

@@ -25,6 +25,7 @@
 
 namespace zinfer::aio {
 
+// Plain value: totals under the reactor's lock, handed out as copies.
 struct Stats {
   std::uint64_t requests = 0;
   std::uint64_t pieces = 0;
@@ -36,7 +37,8 @@ struct Stats {
   double busy_seconds = 0;              // with at least one operation in flight
 };
 
-// A request and what remains of it. After submission it is the reactor's alone.
+// A request and what remains of it. Made by the submitting thread; after submission the reactor's alone, which
+// drops it when the request has ended.
 struct Work {
   std::shared_ptr<Request> request;
   std::vector<std::shared_ptr<const Descriptor>> files;  // Piece::file indexes this
@@ -49,6 +51,8 @@ struct Work {
   std::optional<DriveFailure> failure;
 };
 
+// Owned by one Engine. Who may call what is said at each method; its thread ends in stop(), at the latest in the
+// destructor.
 class Reactor {
  public:
   // Takes over the backend and starts the thread; completed requests are counted on event_fd. Throws OptionFailure.
@@ -70,7 +74,8 @@ class Reactor {
   std::string check_integrity() const;
 
  private:
-  // An operation slot: its index is the token the backend hands back.
+  // An operation slot, one of `depth` that live as long as the reactor, whose thread alone touches them. Its index
+  // is the token the backend hands back.
   //
   //   free -> [parked ->] in flight -> (retry -> in flight)* -> free
   //
