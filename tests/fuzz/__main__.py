@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -58,8 +60,7 @@ def run_guided(name: str, seconds: float, seed: int) -> None:
     import atheris
 
     target = TARGETS[name]
-    folder = CORPUS.parent / "guided" / name  # not kept: what atheris found worth mutating
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="zinfer-guided-"))  # what atheris finds worth mutating
     for number, data in enumerate(target.seeds()):
         (folder / f"seed-{number}").write_bytes(data)
 
@@ -74,7 +75,10 @@ def run_guided(name: str, seconds: float, seed: int) -> None:
 
     options = [f"-max_total_time={int(seconds)}", f"-seed={seed}", "-max_len=1000000", str(folder)]
     atheris.Setup([sys.argv[0], *options], one_input, custom_mutator=mutate)
-    atheris.instrument_all()
+    ours = [module for known, module in list(sys.modules.items()) if known.startswith("zinfer.")]
+    for function in (value for module in ours for value in vars(module).values() if inspect.isfunction(value)):
+        if function.__module__.startswith("zinfer."):
+            atheris.instrument_func(function)
     atheris.Fuzz()
 
 
