@@ -43,11 +43,12 @@ def answer(call: str, codes: Iterator[int]) -> None:
     listener = _install(call, ASK, ALL_THREADS | NEW_LISTENER | ALL_THREADS_OR_ESRCH)
 
     def serve() -> None:
-        for code in codes:
+        while True:
             question = bytearray(80)
             with contextlib.suppress(FileNotFoundError):  # the kernel interrupted the caller, who asks again
                 fcntl.ioctl(listener, RECEIVE, question)
                 (number,) = struct.unpack_from("Q", question)
+                code = next(codes)  # asked for now, not while the call is still to come
                 fcntl.ioctl(listener, SEND, struct.pack("QqiI", number, 0, -code, 0 if code else CONTINUE))
 
     threading.Thread(target=serve, daemon=True).start()

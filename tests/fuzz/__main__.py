@@ -76,7 +76,9 @@ def run_guided(name: str, seconds: float, seed: int) -> None:
     options = [f"-max_total_time={int(seconds)}", f"-seed={seed}", "-max_len=1000000", str(folder)]
     atheris.Setup([sys.argv[0], *options], one_input, custom_mutator=mutate)
     ours = [module for known, module in list(sys.modules.items()) if known.startswith("zinfer.")]
-    for function in (value for module in ours for value in vars(module).values() if inspect.isfunction(value)):
+    for function in (
+        value for module in ours for value in vars(module).values() if inspect.isfunction(value)
+    ):
         if function.__module__.startswith("zinfer."):
             atheris.instrument_func(function)
     atheris.Fuzz()
