@@ -16,6 +16,8 @@ namespace zinfer::aio {
 
 enum class OpKind : std::uint8_t { read, write };
 
+// Plain value: made by the owner, copied by the backend during submit(). `address` stays valid until the
+// operation's Completion has been handed back.
 struct Op {
   OpKind kind = OpKind::read;
   int fd = -1;
@@ -26,11 +28,13 @@ struct Op {
   std::uint64_t token = 0;   // the owner's, handed back as it is
 };
 
+// Plain value, the reactor's once wait() has returned it; exactly one for each Op.
 struct Completion {
   std::uint64_t token = 0;
   std::int64_t result = 0;  // bytes, or -errno
 };
 
+// Owned by one Reactor, which outlives it; threads and lifetime as above.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -44,13 +48,14 @@ class Backend {
   virtual void wake() = 0;
 };
 
-// One line of the scripted backend: what happens to one operation.
+// One line of the scripted backend: what happens to one operation. Plain value.
 struct Fault {
   enum class Kind { ok, short_transfer, error, zero, delay, hold };
   Kind kind = Kind::ok;
   double value = 0;  // bytes, errno, seconds, or operations
 };
 
+// Plain value, read while a backend is made and not kept.
 struct BackendOptions {
   unsigned depth = 16;
   unsigned workers = 4;

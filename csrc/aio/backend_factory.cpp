@@ -31,7 +31,7 @@ class Trial {
     if (fd_ >= 0) return;
     const int error = errno;
     std::free(memory_);
-    throw OptionFailure("no file for a trial read: " + describe_errno(error));
+    throw OptionFailure("no file for a trial read: " + describe_errno(error) + descriptor_remedy(error));
   }
   ~Trial() {
     ::close(fd_);

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <exception>
@@ -89,9 +90,14 @@ DirectMode direct_mode(const std::string& text) {
   throw OptionFailure("direct must be \"auto\", \"on\" or \"off\", not \"" + text + "\"");
 }
 
-std::int64_t integer(const py::handle& number) {
-  const long long value = PyLong_AsLongLong(number.ptr());
+// An OptionError is a ValueError; Python's own would be an OverflowError.
+std::int64_t integer(const py::handle& number, const char* name) {
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (overflow != 0)
+    throw OptionFailure(std::string(name) + " must fit in 64 bits, which " + std::string(py::repr(number)) +
+                        " does not");
   return value;
 }
 
@@ -102,7 +108,7 @@ FileOptions file_options(const std::string& mode, const py::object& size, const 
   options.mode = mode == "w" ? FileMode::write : FileMode::read;
   if (size.is_none()) return options;
   if (options.mode == FileMode::read) throw OptionFailure("size has an effect only with mode=\"w\"");
-  const std::int64_t bytes = integer(size);
+  const std::int64_t bytes = integer(size, "size");
   if (bytes < 0) throw OptionFailure("size must not be negative, but is " + std::to_string(bytes));
   options.size = static_cast<std::uint64_t>(bytes);
   return options;
@@ -127,7 +133,8 @@ Fault parse_fault(const py::tuple& line) {
 MemoryExtent parse_extent(const py::handle& item) {
   const auto row = py::cast<py::tuple>(item);
   if (row.size() != 5) throw py::value_error("an extent is (file, offset, length, address, slack)");
-  return {row[0].cast<const File*>(), integer(row[1]), integer(row[2]), integer(row[3]), row[4].cast<bool>()};
+  return {row[0].cast<const File*>(), integer(row[1], "offset"), integer(row[2], "length"), integer(row[3], "address"),
+          row[4].cast<bool>()};
 }
 
 // ---- what Python holds --------------------------------------------------------------------------------
@@ -147,9 +154,15 @@ void let_go(std::shared_ptr<T>& owned, bool forked) {
 
 class PyEngine {
  public:
-  PyEngine(const std::string& backend, std::int64_t depth, std::int64_t block_bytes, std::int64_t workers,
-           std::int64_t bounce_slot_bytes, const std::optional<std::vector<py::tuple>>& faults) {
-    EngineOptions options{backend, depth, block_bytes, workers, bounce_slot_bytes, {}};
+  PyEngine(const std::string& backend, const py::object& depth, const py::object& block_bytes,
+           const py::object& workers, const py::object& bounce_slot_bytes,
+           const std::optional<std::vector<py::tuple>>& faults) {
+    EngineOptions options{backend,
+                          integer(depth, "depth"),
+                          integer(block_bytes, "block_bytes"),
+                          integer(workers, "workers"),
+                          integer(bounce_slot_bytes, "bounce_slot_bytes"),
+                          {}};
     if (faults && backend != "faults") throw OptionFailure("faults has an effect only with backend=\"faults\"");
     if (faults)
       for (const py::tuple& line : *faults) options.faults.push_back(parse_fault(line));
@@ -229,7 +242,7 @@ class PyRequest {
     constexpr double kForever = 1e9;
     const Request& request = usable();
     if (timeout && std::isnan(*timeout)) throw py::value_error("timeout must be a number of seconds");
-    const double seconds = std::min(timeout.value_or(kForever), kForever);
+    const double seconds = std::clamp(timeout.value_or(kForever), 0.0, kForever);
     const auto deadline =
         Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
     while (!request.done()) {
@@ -385,7 +398,7 @@ PYBIND11_MODULE(_native, module) {
       .def("cancel", &PyRequest::cancel);
 
   py::class_<PyEngine>(module, "Engine", "Carries out reads and writes on a thread of its own; see zinfer.aio.")
-      .def(py::init<const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+      .def(py::init<const std::string&, const py::object&, const py::object&, const py::object&, const py::object&,
                     const std::optional<std::vector<py::tuple>>&>(),
            py::arg("backend") = "auto", py::kw_only(), py::arg("depth") = 16, py::arg("block_bytes") = 4 << 20,
            py::arg("workers") = 4, py::arg("bounce_slot_bytes") = 1 << 20, py::arg("faults") = py::none())

@@ -6,8 +6,9 @@
 
 namespace zinfer::aio {
 
-// At most `capacity` slots of `slot_bytes` (a power of two), aligned to their own size, each mapped when first needed, then reused. The reactor's
-// alone: no locking. A slot is either free here or owned by the one operation that took it.
+// At most `capacity` slots of `slot_bytes` (a power of two), aligned to their own size, each mapped when first needed,
+// then reused. Owned by one reactor, its thread's alone: no locking. A slot is either free here or owned by the one
+// operation that took it; all are unmapped with the pool.
 class BouncePool {
  public:
   BouncePool(std::size_t capacity, std::size_t slot_bytes) : capacity_(capacity), slot_bytes_(slot_bytes) {

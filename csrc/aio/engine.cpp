@@ -1,6 +1,7 @@
 #include "aio/engine.h"
 
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -21,6 +22,7 @@ constexpr std::int64_t kMinBlockBytes = kDirectAlignment;
 constexpr std::int64_t kMaxBlockBytes = 1 << 30;
 constexpr std::int64_t kMinSlotBytes = 8 << 10;
 constexpr std::int64_t kMaxSlotBytes = 4 << 20;
+constexpr std::int64_t kLookedAt = std::int64_t{1} << 36;  // bytes of an extent; its end is looked at from there on
 static_assert(kMaxBlockBytes + kMaxAlignment <= std::numeric_limits<std::int32_t>::max(),
               "one operation is at most what a single read call takes");
 
@@ -43,6 +45,13 @@ std::uint64_t checked_slot(std::int64_t bytes) {
   if ((bytes & (bytes - 1)) != 0)
     throw OptionFailure("bounce_slot_bytes must be a power of two, not " + std::to_string(bytes));
   return static_cast<std::uint64_t>(bytes);
+}
+
+// Whether there is memory at `address`.
+bool is_mapped(std::int64_t address) {
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  unsigned char resident = 0;
+  return ::mincore(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address) / page * page), 1, &resident) == 0;
 }
 
 std::invalid_argument bad_extent(const MemoryExtent& extent, const std::string& what) {
@@ -69,7 +78,7 @@ Engine::Engine(const EngineOptions& options)
   direct_only_ = backend->direct_only();
   event_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0)
-    throw OptionFailure("eventfd: " + describe_errno(errno) + "; raise `ulimit -n` or close engines");
+    throw OptionFailure("eventfd: " + describe_errno(errno) + descriptor_remedy(errno));
   try {
     reactor_ = std::make_unique<Reactor>(std::move(backend), depth_, slot_bytes_, event_fd_);
   } catch (...) {
@@ -98,6 +107,9 @@ void Engine::validate(const MemoryExtent& extent, bool writing) const {
   if (extent.address <= 0) throw bad_extent(extent, "the address must be positive");
   if (extent.length > std::numeric_limits<std::int64_t>::max() - extent.address)
     throw bad_extent(extent, "the memory wraps around the address space");
+  // Before it is cut into more pieces than memory holds.
+  if (extent.length > kLookedAt && !is_mapped(extent.address + extent.length - 1))
+    throw bad_extent(extent, "there is no memory at the end of the range");
 }
 
 void Engine::validate_range(const MemoryExtent& extent, bool writing) const {

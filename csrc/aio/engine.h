@@ -1,9 +1,9 @@
 // The front desk: validates, splits and queues reads and writes; a reactor thread carries them out.
 //
-// Lifetime. Memory given to read() or write() must stay valid, and that of a write unchanged, until its Request is done. The binding sees to it: a
-// Python Request holds the caller's `keepalive`, and destroying an unfinished one cancels it and blocks
-// until its pieces in flight have drained. A Python Request also holds its Engine. Destroying an Engine
-// cancels and drains whatever is left, so no backend ever touches memory whose owner has gone.
+// Lifetime. Memory given to read() or write() must stay valid, and that of a write unchanged, until its Request is
+// done. The binding sees to it: a Python Request holds the caller's `keepalive`, and destroying an unfinished one
+// cancels it and blocks until its pieces in flight have drained. A Python Request also holds its Engine. Destroying
+// an Engine cancels and drains whatever is left, so no backend ever touches memory whose owner has gone.
 //
 // Threads. Any thread may call any method.
 //
@@ -26,6 +26,7 @@
 
 namespace zinfer::aio {
 
+// Plain value, read while an Engine is made and not kept.
 struct EngineOptions {
   std::string backend = "auto";
   std::int64_t depth = 16;             // operations in flight at most
@@ -36,6 +37,7 @@ struct EngineOptions {
 };
 
 // What one transfer wants: file[offset, offset + length) to or from `address`; slack as in split.h, reads only.
+// Plain value; `file` need only live as long as the call.
 struct MemoryExtent {
   const File* file = nullptr;
   std::int64_t offset = 0;
@@ -44,6 +46,7 @@ struct MemoryExtent {
   bool slack = false;
 };
 
+// Shared by the user and by each Python Request on it; lives as long as the longest of them. See above.
 class Engine {
  public:
   // Throws OptionFailure.

@@ -24,6 +24,9 @@ std::string remedy(bool writing, int error, bool direct) {
       return "the kernel has no memory for the " + what + ": lower depth or block_bytes, or free memory";
     case ECANCELED:
       return "submit the " + what + " again if the bytes are still wanted";
+    case EPERM:
+    case ENOSYS:
+      return "the kernel, or a container's seccomp profile, refuses such calls: use backend=\"threads\"";
     case ENOSPC:
     case EDQUOT:
       return "the drive, or its quota, is full: free space or choose another folder, then write the file again";
@@ -44,6 +47,12 @@ std::string range(std::uint64_t offset, std::uint64_t length) {
 }  // namespace
 
 std::string describe_errno(int error) { return std::generic_category().message(error); }
+
+std::string descriptor_remedy(int error) {
+  if (error == EMFILE) return "; raise `ulimit -n`, or close files and engines";
+  if (error == ENFILE) return "; raise `sysctl fs.file-max`, or close other programs";
+  return "";
+}
 
 DriveFailure transfer_failure(bool writing, const std::string& path, std::uint64_t offset, std::uint64_t length,
                               int error, const std::string& backend, bool direct) {

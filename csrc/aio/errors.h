@@ -10,6 +10,7 @@
 namespace zinfer::aio {
 
 // A read or write failed, came up short or was cancelled. `error` is an errno value, 0 when the file ended early.
+// One that ended a request lives in the Request.
 struct DriveFailure : std::runtime_error {
   DriveFailure(const std::string& message, std::string path_, std::uint64_t offset_, std::uint64_t length_,
                int error_, std::string backend_)
@@ -39,6 +40,9 @@ struct OptionFailure : std::runtime_error {
 
 // strerror() that is safe on any thread.
 std::string describe_errno(int error);
+
+// "; raise `ulimit -n`..." where `error` is that of a process, or machine, out of descriptors; else "".
+std::string descriptor_remedy(int error);
 
 // The message every failed read or write carries: path, offset, length, cause, backend and remedy.
 DriveFailure transfer_failure(bool writing, const std::string& path, std::uint64_t offset, std::uint64_t length,

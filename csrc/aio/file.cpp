@@ -21,8 +21,10 @@ namespace {
 [[noreturn]] void throw_open(const FileFacts& file, int error, const std::string& cause,
                              const std::string& remedy) {
   const char* purpose = file.mode == FileMode::write ? "writing" : "reading";
-  throw DriveFailure(file.path + ": cannot open for " + purpose + ": " + cause + "; " + remedy, file.path, 0, 0, error,
-                     "open");
+  const std::string no_descriptor = descriptor_remedy(error);
+  throw DriveFailure(file.path + ": cannot open for " + purpose + ": " + cause +
+                         (no_descriptor.empty() ? "; " + remedy : no_descriptor),
+                     file.path, 0, 0, error, "open");
 }
 
 std::int64_t nanoseconds(const timespec& time) { return time.tv_sec * 1000000000LL + time.tv_nsec; }

@@ -24,6 +24,7 @@ static_assert(kMaxAlignment % kDirectAlignment == 0);
 enum class DirectMode { automatic, on, off };
 enum class FileMode { read, write };
 
+// Plain value, read while a file is opened and not kept.
 struct FileOptions {
   FileMode mode = FileMode::read;
   DirectMode direct = DirectMode::automatic;
@@ -33,7 +34,7 @@ struct FileOptions {
 // st_dev, st_ino, size, mtime in ns, ctime in ns.
 using Identity = std::array<std::int64_t, 5>;
 
-// What was true of the file when it was opened.
+// What was true of the file when it was opened. Plain value, owned by its Descriptor; File keeps a copy.
 struct FileFacts {
   std::string path;
   FileMode mode = FileMode::read;
@@ -89,7 +90,8 @@ class Descriptor {
   mutable std::atomic<bool> finished_{false};
 };
 
-// What a user holds. Any thread may call any method.
+// What a user holds, for as long as he likes: the Descriptor outlives it while requests need it. Any thread may
+// call any method.
 class File {
  public:
   File(const std::string& path, const FileOptions& options);

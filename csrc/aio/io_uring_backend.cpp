@@ -3,10 +3,8 @@
 #include <liburing.h>
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <deque>
 
@@ -18,12 +16,7 @@ namespace zinfer::aio {
 namespace {
 
 constexpr std::uint64_t kWakeToken = ~std::uint64_t{0};
-constexpr int kMaxSubmitTries = 1000;
-
-void nap_100us() {
-  const timespec pause{0, 100000};
-  ::nanosleep(&pause, nullptr);
-}
+constexpr std::uint64_t kNoToken = kWakeToken - 1;  // of an entry withdrawn
 
 class IoUringBackend final : public Backend {
  public:
@@ -33,13 +26,13 @@ class IoUringBackend final : public Backend {
       const char* hint = error == -EPERM || error == -ENOSYS
                              ? " (refused by the kernel, kernel.io_uring_disabled or a container's seccomp profile)"
                              : error == -ENOMEM ? " (raise `ulimit -l`)" : "";
-      throw OptionFailure("io_uring_setup: " + describe_errno(-error) + hint);
+      throw OptionFailure("io_uring_setup: " + describe_errno(-error) + hint + descriptor_remedy(-error));
     }
     wake_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (wake_fd_ < 0) {
       const int failed = errno;
       ::io_uring_queue_exit(&ring_);
-      throw OptionFailure("eventfd: " + describe_errno(failed));
+      throw OptionFailure("eventfd: " + describe_errno(failed) + descriptor_remedy(failed));
     }
   }
 
@@ -52,9 +45,9 @@ class IoUringBackend final : public Backend {
 
   void submit(const std::vector<Op>& ops) override {
     for (const Op& op : ops) {
-      io_uring_sqe* entry = broken_ ? nullptr : ::io_uring_get_sqe(&ring_);
+      io_uring_sqe* const entry = next_entry(op.token);
       if (entry == nullptr) {
-        refused_.push_back({op.token, broken_ ? -broken_ : -EAGAIN});
+        refused_.push_back({op.token, -EAGAIN});
         continue;
       }
       const auto length = static_cast<unsigned>(op.length);
@@ -63,29 +56,21 @@ class IoUringBackend final : public Backend {
       else
         ::io_uring_prep_read(entry, op.fd, op.address, length, op.offset);
       entry->user_data = op.token;
-      queued_.push_back(op.token);
     }
   }
 
   void wait(std::vector<Completion>& completions) override {
-    bool woken = false;
-    int tries = 0;
     while (true) {
       take_refused(completions);
       if (!completions.empty() && queued_.empty()) return;
       arm_wake();
-      if (broken_) {
-        woken = poll_both() || woken;
-      } else {
-        const int taken = ::io_uring_submit_and_wait(&ring_, completions.empty() ? 1 : 0);
-        if (taken >= 0) {
-          queued_.erase(queued_.begin(), queued_.begin() + std::min<std::ptrdiff_t>(taken, queued_.size()));
-        } else if (taken == -EAGAIN || taken == -EBUSY) {
-          if (++tries > kMaxSubmitTries) give_up(-taken);
-          nap_100us();
-        } else if (taken != -EINTR) {
-          give_up(-taken);
-        }
+      bool woken = false;
+      const int taken = ::io_uring_submit_and_wait(&ring_, completions.empty() ? 1 : 0);
+      if (taken >= 0) {
+        queued_.erase(queued_.begin(), queued_.begin() + taken);
+      } else if (taken != -EINTR) {
+        withdraw(taken == -EBUSY ? EAGAIN : -taken);
+        if (completions.empty() && refused_.empty()) woken = sleep_without_ring();
       }
       woken = reap(completions) || woken;
       take_refused(completions);
@@ -100,13 +85,29 @@ class IoUringBackend final : public Backend {
   }
 
  private:
+  struct Queued {
+    io_uring_sqe* entry;
+    std::uint64_t token;
+  };
+
+  // One of the submission queue's, a withdrawn one first; null when it is full.
+  io_uring_sqe* next_entry(std::uint64_t token) {
+    for (Queued& queued : queued_) {
+      if (queued.token != kNoToken) continue;
+      queued.token = token;
+      return queued.entry;
+    }
+    io_uring_sqe* const entry = ::io_uring_get_sqe(&ring_);
+    if (entry != nullptr) queued_.push_back({entry, token});
+    return entry;
+  }
+
   void arm_wake() {
-    if (armed_ || broken_) return;
-    io_uring_sqe* entry = ::io_uring_get_sqe(&ring_);
+    if (armed_) return;
+    io_uring_sqe* const entry = next_entry(kWakeToken);
     if (entry == nullptr) return;  // the queue is full of operations: their completions end the wait
     ::io_uring_prep_poll_add(entry, wake_fd_, POLLIN);
     entry->user_data = kWakeToken;
-    queued_.push_back(kWakeToken);
     armed_ = true;
   }
 
@@ -119,7 +120,7 @@ class IoUringBackend final : public Backend {
         armed_ = false;
         drain_wake();
         woken = true;
-      } else {
+      } else if (entry->user_data != kNoToken) {
         completions.push_back({entry->user_data, entry->res});
       }
       ::io_uring_cqe_seen(&ring_, entry);
@@ -137,18 +138,23 @@ class IoUringBackend final : public Backend {
     refused_.clear();
   }
 
-  // The ring takes no more: what it has not taken fails, what it has taken is still waited for. The
-  // entries left in the submission queue are never submitted again.
-  void give_up(int error) {
-    broken_ = error;
-    for (const std::uint64_t token : queued_)
-      if (token != kWakeToken) refused_.push_back({token, -error});
-    queued_.clear();
+  // The kernel took none of the queue: its operations fail, and the owner says whether to try again. Their
+  // entries, which cannot be had back, ask for nothing now.
+  void withdraw(int error) {
+    for (Queued& queued : queued_) {
+      if (queued.token == kWakeToken)
+        armed_ = false;
+      else if (queued.token != kNoToken)
+        refused_.push_back({queued.token, -error});
+      queued.token = kNoToken;
+      ::io_uring_prep_nop(queued.entry);
+      queued.entry->user_data = kNoToken;
+    }
   }
 
-  bool poll_both() {
+  // Until something in flight completes or somebody calls; returns whether somebody did.
+  bool sleep_without_ring() {
     pollfd watched[2] = {{ring_.ring_fd, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
-    if (!refused_.empty()) return false;
     ::poll(watched, 2, -1);
     if ((watched[1].revents & POLLIN) == 0) return false;
     drain_wake();
@@ -158,8 +164,7 @@ class IoUringBackend final : public Backend {
   io_uring ring_{};
   int wake_fd_ = -1;
   bool armed_ = false;
-  int broken_ = 0;                      // errno of the failure that ended submission
-  std::deque<std::uint64_t> queued_;    // tokens prepared and not yet taken by the kernel, in order
+  std::deque<Queued> queued_;  // not yet taken by the kernel, in order
   std::vector<Completion> refused_;
 };
 

@@ -54,7 +54,7 @@ class LibaioBackend final : public Backend {
     const int not_armed = no_eventfd != 0 ? 0 : arm_wake();
     if (no_eventfd == 0 && not_armed == 0) return;
     end();
-    if (no_eventfd != 0) throw OptionFailure("eventfd: " + describe_errno(no_eventfd));
+    if (no_eventfd != 0) throw OptionFailure("eventfd: " + describe_errno(no_eventfd) + descriptor_remedy(no_eventfd));
     throw OptionFailure("io_submit of a poll: " + describe_errno(not_armed) +
                         (not_armed == EINVAL ? " (Linux 4.18 or later is needed)" : setup_hint(not_armed)));
   }
@@ -67,6 +67,10 @@ class LibaioBackend final : public Backend {
   void submit(const std::vector<Op>& ops) override {
     blocks_.clear();
     pointers_.clear();
+    if (broken_ != 0) {
+      for (const Op& op : ops) refused_.push_back({op.token, -broken_});
+      return;
+    }
     for (const Op& op : ops) {
       iocb block{};
       block.aio_data = op.token;
@@ -81,8 +85,7 @@ class LibaioBackend final : public Backend {
     for (std::size_t next = 0; next < pointers_.size();) {
       const long taken = ::syscall(SYS_io_submit, context_, pointers_.size() - next, &pointers_[next]);
       if (taken > 0) {
-        next += static_cast<std::size_t>(taken);
-        in_flight_ += static_cast<std::size_t>(taken);
+        for (long i = 0; i < taken; ++i) in_flight_.push_back(ops[next++].token);
         continue;
       }
       // The first of the rest was refused, and only that one: EAGAIN is the owner's to retry, as any other.
@@ -96,13 +99,21 @@ class LibaioBackend final : public Backend {
       completions.insert(completions.end(), refused_.begin(), refused_.end());
       refused_.clear();
       const bool sleeps = completions.empty();
+      if (broken_ != 0) {
+        if (sleeps) sleep_without_poll();
+        return;
+      }
       const bool unarmed = sleeps && arm_wake() != 0;
-      if (unarmed && in_flight_ == 0) return sleep_without_poll();
+      if (unarmed && in_flight_.empty()) return sleep_without_poll();
       timespec soon{0, kUnarmedNapNanoseconds};
       const long count = ::syscall(SYS_io_getevents, context_, sleeps ? 1L : 0L, static_cast<long>(events_.size()),
                                    events_.data(), unarmed ? &soon : nullptr);
-      // Seen by the trial read or never: afterwards the context and the buffer are known to be good.
-      if (count < 0 && errno != EINTR) throw OptionFailure("io_getevents: " + describe_errno(errno));
+      if (count < 0 && errno != EINTR) {
+        if (!proven_) throw OptionFailure("io_getevents: " + describe_errno(errno));  // the trial read's answer
+        give_up(errno);
+        continue;
+      }
+      proven_ = true;
       const bool woken = reap(count, completions) || (unarmed && drain_wake());
       if (woken || !completions.empty()) return;
     }
@@ -117,8 +128,18 @@ class LibaioBackend final : public Backend {
  private:
   // io_destroy cancels the poll and waits for the rest.
   void end() {
-    ::syscall(SYS_io_destroy, context_);
+    if (broken_ == 0) ::syscall(SYS_io_destroy, context_);
     if (wake_fd_ >= 0) ::close(wake_fd_);
+  }
+
+  // Somebody forbade the call after the trial read. What is in flight fails, but only once the kernel is through
+  // with its memory; nothing more is taken.
+  void give_up(int error) {
+    // Neither reaped nor waited for: whoever goes on would let the kernel write to memory that was freed.
+    if (::syscall(SYS_io_destroy, context_) != 0) throw OptionFailure("io_getevents: " + describe_errno(error));
+    broken_ = error;
+    for (const std::uint64_t token : in_flight_) refused_.push_back({token, -error});
+    in_flight_.clear();
   }
 
   // Returns 0 or an errno value.
@@ -145,7 +166,7 @@ class LibaioBackend final : public Backend {
         drain_wake();
         woken = true;
       } else {
-        in_flight_ -= 1;
+        in_flight_.erase(std::find(in_flight_.begin(), in_flight_.end(), event.data));
         completions.push_back({event.data, event.res});
       }
     }
@@ -167,7 +188,9 @@ class LibaioBackend final : public Backend {
   aio_context_t context_ = 0;
   int wake_fd_ = -1;
   bool armed_ = false;
-  std::size_t in_flight_ = 0;  // operations the kernel has, the poll not counted
+  bool proven_ = false;  // io_getevents has worked
+  int broken_ = 0;       // errno with which it no longer does; the context is gone then
+  std::vector<std::uint64_t> in_flight_;  // tokens of operations the kernel has
   std::vector<io_event> events_;
   std::vector<iocb> blocks_;  // copied by the kernel in io_submit
   std::vector<iocb*> pointers_;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 namespace zinfer::aio {
@@ -41,8 +42,15 @@ Reactor::Reactor(std::unique_ptr<Backend> backend, unsigned depth, std::uint64_t
   sigset_t all, before;
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { run(); });
+  std::string failure;
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error& error) {
+    failure = error.what();
+  }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (!failure.empty())
+    throw OptionFailure("cannot start the engine's thread: " + failure + "; close engines or raise `ulimit -u`");
 }
 
 Reactor::~Reactor() { stop(); }

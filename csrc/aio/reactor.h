@@ -26,6 +26,7 @@
 
 namespace zinfer::aio {
 
+// Plain value: totals under the reactor's lock, handed out as copies.
 struct Stats {
   std::uint64_t requests = 0;
   std::uint64_t pieces = 0;
@@ -37,7 +38,8 @@ struct Stats {
   double busy_seconds = 0;              // with at least one operation in flight
 };
 
-// A request and what remains of it. After submission it is the reactor's alone.
+// A request and what remains of it. Made by the submitting thread; after submission the reactor's alone, which
+// drops it when the request has ended.
 struct Work {
   std::shared_ptr<Request> request;
   std::vector<std::shared_ptr<const Descriptor>> files;  // Piece::file indexes this
@@ -50,9 +52,11 @@ struct Work {
   std::optional<DriveFailure> failure;
 };
 
+// Owned by one Engine. Who may call what is said at each method; its thread ends in stop(), at the latest in the
+// destructor.
 class Reactor {
  public:
-  // Takes over the backend and starts the thread; completed requests are counted on event_fd.
+  // Takes over the backend and starts the thread; completed requests are counted on event_fd. Throws OptionFailure.
   Reactor(std::unique_ptr<Backend> backend, unsigned depth, std::uint64_t bounce_slot_bytes, int event_fd);
   // stop()s.
   ~Reactor();
@@ -72,7 +76,8 @@ class Reactor {
   std::string check_integrity() const;
 
  private:
-  // An operation slot: its index is the token the backend hands back.
+  // An operation slot, one of `depth` that live as long as the reactor, whose thread alone touches them. Its index
+  // is the token the backend hands back.
   //
   //   free -> [parked ->] in flight -> (retry -> in flight)* -> free
   //

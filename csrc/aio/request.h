@@ -1,4 +1,4 @@
-// The shared face of one read: who submitted it waits on it, the reactor ends it, exactly once.
+// The shared face of one read or write: who submitted it waits on it, the reactor ends it, exactly once.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace zinfer::aio {
 
-// Any thread may call any method.
+// Shared by whoever waits and by the reactor until it has ended it. Any thread may call any method.
 class Request {
  public:
   explicit Request(std::uint64_t nbytes);

@@ -23,7 +23,7 @@
 namespace zinfer::aio {
 
 // Bytes [offset, offset + length) of file number `file`, wanted at `address`.
-// slack: the bytes around the destination, out to the aligned superset, are scratch.
+// slack: the bytes around the destination, out to the aligned superset, are scratch. Plain value.
 struct Extent {
   std::uint32_t file = 0;
   std::uint64_t offset = 0;
@@ -33,7 +33,7 @@ struct Extent {
 };
 
 // One operation: move [span_offset, +span_length) so that [offset, +length) comes to, or from, `address`.
-// Not bounced: the span in memory starts at address - (offset - span_offset).
+// Not bounced: the span in memory starts at address - (offset - span_offset). Plain value.
 struct Piece {
   std::uint32_t file = 0;
   std::uint64_t offset = 0;
@@ -44,7 +44,7 @@ struct Piece {
   bool bounced = false;
 };
 
-// All in bytes. alignment is a power of two (1: no constraint); slot_bytes is a multiple of it.
+// All in bytes; a plain value. alignment is a power of two (1: no constraint); slot_bytes is a multiple of it.
 struct Geometry {
   std::uint64_t alignment = 1;
   std::uint64_t block_bytes = 0;

@@ -14,8 +14,8 @@
 
 namespace zinfer::aio {
 
-// Shared by the descriptor and the claims on it. Any thread may call any method; touch() is for the one
-// engine that has claims.
+// Shared by the descriptor, its File and the claims on it; gone with the last of them. Any thread may call any
+// method; touch() is for the one engine that has claims.
 class WriteState {
  public:
   explicit WriteState(std::uint64_t size) : size_(size) {}
@@ -44,7 +44,8 @@ class WriteState {
   bool refused_ = false;
 };
 
-// One request's right to write to a file; move-only.
+// One request's right to write to a file, from submission until the request has ended: owned by its Work, given
+// back by the reactor's thread. Move-only.
 class WriteClaim {
  public:
   WriteClaim(std::shared_ptr<WriteState> state, const std::string& path, const void* engine)

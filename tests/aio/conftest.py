@@ -121,3 +121,27 @@ def run_python(code: str, *arguments: str, **options) -> subprocess.Popen:
         text=True,
         **options,
     )
+
+
+PRELUDE = """
+import errno, sys, time
+from tests.aio.conftest import Memory, read
+from tests.aio.seccomp import refuse
+from zinfer.aio import Engine, File
+from zinfer.errors import DriveError, OptionError
+path, contents = sys.argv[1], open(sys.argv[1], "rb").read()
+def serves(engine, file):
+    memory = Memory(len(contents))
+    assert read(engine, file, 0, len(contents), memory).wait(10)
+    return memory.bytes_at(0, len(contents)) == contents
+"""
+
+
+def run_refused(code: str, words: tuple[str, bytes], *arguments: str) -> None:
+    """Runs `code` behind PRELUDE in a process of its own, which may give up rights for good."""
+    process = run_python(PRELUDE + code, words[0], *arguments)
+    try:
+        _, errors = process.communicate(timeout=2 * DEADLINE)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors

@@ -5,32 +5,10 @@ import pytest
 from zinfer.aio import Engine, File
 from zinfer.errors import OptionError
 
-from .conftest import DEADLINE, Memory, needs_libaio, read, run_python
+from .conftest import DEADLINE, Memory, needs_libaio, read, run_refused
 from .seccomp import NUMBERS
 
 pytestmark = [needs_libaio, pytest.mark.skipif(not NUMBERS, reason="seccomp numbers of this machine unknown")]
-
-PRELUDE = """
-import errno, sys, time
-from tests.aio.conftest import Memory, read
-from tests.aio.seccomp import refuse
-from zinfer.aio import Engine, File
-from zinfer.errors import DriveError, OptionError
-path, contents = sys.argv[1], open(sys.argv[1], "rb").read()
-def serves(engine, file):
-    memory = Memory(len(contents))
-    assert read(engine, file, 0, len(contents), memory).wait(10)
-    return memory.bytes_at(0, len(contents)) == contents
-"""
-
-
-def run_refused(code, words):
-    process = run_python(PRELUDE + code, words[0])
-    try:
-        _, errors = process.communicate(timeout=DEADLINE)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
 
 
 def test_a_buffered_file_is_refused_and_told_what_to_use(make_engine, words):

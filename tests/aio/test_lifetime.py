@@ -180,9 +180,17 @@ try:
     request.wait()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
+request.cancel()
+other = ctypes.create_string_buffer(1 << 20)
+assert Engine().read([(file, 0, 1 << 20, ctypes.addressof(other), False)], other).wait(10)
+buffer = ctypes.create_string_buffer(1 << 20)
+again = engine.read([(file, 0, 1 << 20, ctypes.addressof(buffer), False)], buffer)
+assert again.wait(10) and buffer.raw == other.raw
+engine.check_integrity()
+engine.close()
 """
     )
-    process = run_python(code, words[0], "5")
+    process = run_python(code, words[0], "2")
     try:
         assert process.stdout.readline() == "waiting\n"
         time.sleep(0.2)
@@ -190,10 +198,34 @@ except KeyboardInterrupt:
         began = time.monotonic()
         assert process.stdout.readline() == "interrupted\n"
         assert time.monotonic() - began < 1.5
-        assert process.wait(DEADLINE) == 0
+        _, errors = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0, errors
     finally:
         process.kill()
         process.communicate()
+
+
+def test_an_exception_out_of_a_wait_leaves_the_request_as_it_was(make_engine, file, words):
+    """What a signal's handler raises; a timeout by SIGALRM is the usual one."""
+    engine, memory = slow_engine(make_engine, seconds=0.6), Memory(BLOCK)
+    request = read(engine, file, 0, BLOCK, memory)
+
+    def raise_it(*_):
+        raise LookupError("the handler's")
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        began = time.monotonic()
+        with pytest.raises(LookupError, match="the handler's"):
+            request.wait(DEADLINE)
+        assert time.monotonic() - began < 0.5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not request.done
+    assert request.wait(DEADLINE)
+    assert memory.bytes_at(0, BLOCK) == words[1][:BLOCK]
 
 
 EXITS = {

@@ -26,7 +26,10 @@ def test_any_extents_read_what_pread_reads_and_nothing_else(backend, direct, mak
     file = File(make_file(size), direct=direct)
     skip_refused(backend, file)
     descriptor = os.open(file.path, os.O_RDONLY)
-    engine = Engine(backend, block_bytes=4 * ALIGNMENT, depth=3)
+    block = data.draw(st.sampled_from([ALIGNMENT, 3 * ALIGNMENT, 4 * ALIGNMENT, 1 << 20]), "block")
+    depth = data.draw(st.sampled_from([1, 2, 3, 16, 200]), "depth")
+    slot = data.draw(st.sampled_from([8192, 1 << 20]), "slot")
+    engine = Engine(backend, block_bytes=block, depth=depth, bounce_slot_bytes=slot)
     memories, extents, checks = [], [], []
     for _ in range(data.draw(st.integers(1, 4), "extents")):
         offset = data.draw(st.integers(0, size), "offset")
@@ -43,6 +46,7 @@ def test_any_extents_read_what_pread_reads_and_nothing_else(backend, direct, mak
     assert request.done and request.nbytes == sum(extent[2] for extent in extents) and request.seconds >= 0
     for memory, start, offset, length, slack in checks:
         assert memory.bytes_at(start, length) == os.pread(descriptor, length, offset)
+        assert memory.bytes_at(start, length) == word_bytes(size)[offset : offset + length]
         room = ALIGNMENT if slack else 0
         assert memory.untouched(0, start - room)
         assert memory.untouched(start + length + room, len(memory.view))
@@ -118,6 +122,51 @@ def test_a_bad_extent_stops_the_whole_request(backend, words, make_engine):
             engine.read([good, bad], memory)
     assert memory.untouched(0, 4096)
     assert engine.stats["requests"] == 0
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 2**64, 2**64 + 4096, -(2**63), -(2**63) - 1])
+def test_absurd_numbers_are_refused_at_once(backend, words, tmp_path, make_engine, number):
+    engine, file, memory = make_engine(backend), File(words[0]), Memory(4096)
+    written = File(str(tmp_path / "written"), "w")
+    for extent in [(number, 8, memory.address), (0, number, memory.address), (0, 8, number)]:
+        with pytest.raises((ValueError, DriveError)):
+            request = engine.read([(file, *extent, False)], memory)
+            request.wait(DEADLINE)
+        if extent[2] != number or number < 0 or number >= 2**63:
+            with pytest.raises(ValueError):
+                engine.write([(written, *extent, False)], memory)
+    with pytest.raises((OptionError, DriveError)):
+        File(str(tmp_path / "reserved"), "w", size=number)
+    assert not (tmp_path / "reserved").exists()
+    for option in ("depth", "block_bytes", "workers", "bounce_slot_bytes"):
+        with pytest.raises(OptionError, match=option):
+            Engine(backend, **{option: number})
+    assert memory.untouched(0, 4096)
+    written.close()
+
+
+@pytest.mark.parametrize("length", [2**37, 2**45, 2**62])
+def test_more_bytes_than_there_is_memory_are_refused_at_once(backend, tmp_path, make_engine, length):
+    engine, memory = make_engine(backend), Memory(4096)
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 2**40)  # bytes, none of them on the drive
+    sparse, written = File(str(tmp_path / "sparse")), File(str(tmp_path / "written"), "w")
+    with pytest.raises(ValueError, match="no memory at the end"):
+        engine.write([(written, 0, length, memory.address, False)], memory)
+    if length <= sparse.size:
+        with pytest.raises(ValueError, match="no memory at the end"):
+            engine.read([(sparse, 0, length, memory.address, False)], memory)
+    assert engine.stats["requests"] == 0
+    written.close()
+
+
+def test_a_wait_takes_any_number_of_seconds(backend, words, make_engine):
+    request = read(make_engine(backend), File(words[0]), 0, 100, Memory(100))
+    assert request.wait(float("inf"))
+    for seconds in (-1.0, -1e300, float("-inf"), 0.0, 1e300):
+        assert request.wait(seconds)
+    with pytest.raises(ValueError, match="number of seconds"):
+        request.wait(float("nan"))
 
 
 def test_many_threads_submit_at_once(backend, words, make_engine):

@@ -95,7 +95,9 @@ def test_an_index_that_points_outside_the_folder_is_not_trusted(tmp_path, file):
         find_shards(str(tmp_path))
 
 
-@pytest.mark.parametrize("file", [7, None, ["1.safetensors"], "", "1\0.safetensors"], ids=repr)
+@pytest.mark.parametrize(
+    "file", [7, None, ["1.safetensors"], "", "1\0.safetensors", "\ud800.safetensors"], ids=repr
+)
 def test_an_index_that_points_to_no_file_name_is_refused(tmp_path, file):
     write_index(tmp_path, {"a": file})
     with pytest.raises(CheckpointError, match="'a' points to"):

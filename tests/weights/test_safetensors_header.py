@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,29 @@ def test_tensors_that_overlap_are_refused(tmp_path):
     header = {"a": entry(), "b": entry(offsets=[4, 12])}
     message = refusal(write(tmp_path / "f", header, bytes(12)))
     assert "'a' and 'b' overlap" in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"t" * 100_000: entry(offsets=[0, 4])},
+        {"t": entry(dtype="x" * 100_000)},
+        {"t": entry(shape=[1] * 100_000)},
+        {"t": entry(shape=["2"] * 100_000)},
+        {"t": [0] * 100_000},
+        {name * 100_000: entry() for name in "ab"},
+    ],
+    ids=["name", "dtype", "shape", "shape of strings", "entry", "two names"],
+)
+def test_a_message_stays_short_whatever_the_file_says(tmp_path, header):
+    assert len(refusal(write(tmp_path / "f", header, bytes(16)))) < 2000
+
+
+def test_a_hostile_shape_or_name_is_refused_at_once(tmp_path):
+    began = time.monotonic()
+    assert "beyond any file" in refusal(
+        write(tmp_path / "f", {"t": entry(shape=[2**62] * 300_000)}, bytes(8))
+    )
+    pairs = ",".join(f'"{number}": 0' for number in range(300_000))
+    assert "'299999' twice" in refusal(write(tmp_path / "f", f'{{{pairs},"299999": 0}}'.encode()))
+    assert time.monotonic() - began < 10

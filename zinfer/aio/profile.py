@@ -49,9 +49,9 @@ class Profile:
             raise ValueError(f"block_bytes {self.block_bytes}, not a power of two")
         for name in ("read_rate", "write_rate"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1e15):
+            if value is not None and not (type(value) in (int, float) and 0 < value < 1e15):
                 raise ValueError(f"{name} {value!r}")
-        if not isinstance(self.measured, str):
+        if not isinstance(self.measured, str) or not self.measured.isprintable():
             raise ValueError(f"measured {self.measured!r}")
 
 

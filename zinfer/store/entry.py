@@ -5,10 +5,12 @@ nothing --write--> parts, journal --manifest.json--> complete --a file's size di
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,8 @@ from typing import Any
 from zinfer.errors import CheckpointError, StoreError
 from zinfer.store.folder import describe, prepare_root, write_errors
 from zinfer.store.part_file import hash_file, write_file
-from zinfer.weights.checkpoint import read_json
+from zinfer.weights.checkpoint import is_inside, read_json
+from zinfer.weights.safetensors_header import quote
 
 logger = logging.getLogger("zinfer")
 
@@ -37,6 +40,14 @@ class FileRecord:
     sha256: str  # hex
     source_size: int | None = None  # bytes
     source_mtime_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no file has."""
+        numbers = [number for number in (self.source_size, self.source_mtime_ns) if number is not None]
+        if not all(type(number) is int and abs(number) < 1 << 63 for number in (self.size, *numbers)):
+            raise ValueError(f"sizes {quote(self.size)}, {quote(numbers)}")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 {quote(self.sha256)}")
 
 
 class Entry:
@@ -161,6 +172,9 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
         manifest = read_json(path)
         if any(manifest.get(key) != value for key, value in about.items()):
             raise ValueError(f"it is not about {about}")
+        outside = [name for name in manifest["files"] if not is_inside(name)]
+        if outside:
+            raise ValueError(f"{quote(outside)} are no names of files in this folder")
         return {name: FileRecord(**record) for name, record in manifest["files"].items()}
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: not used: %s", path, error)
@@ -168,10 +182,13 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
 
 
 def _size(path: str) -> int | None:
+    """Bytes; None where there is no such file, nor can be."""
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return None
+        raise StoreError(f"{path}: cannot be looked at: {describe(error)}; check the drive") from error
 
 
 def _flock(fd: int, path: str) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zinfer.errors import CheckpointError
-from zinfer.weights.safetensors_header import TensorEntry, read_header
+from zinfer.weights.safetensors_header import TensorEntry, quote, read_header
+
+PATH_MAX = 4096  # bytes, of Linux
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def open_checkpoint(folder: str, variant: str | None = None) -> Checkpoint:
     for name, shard in read_index(index).items() if os.path.lexists(index) else ():
         if name not in headers[shard]:
             raise CheckpointError(
-                f"{shard}: the index places tensor {name!r} in this shard, which lacks it; "
+                f"{shard}: the index places tensor {quote(name)} in this shard, which lacks it; "
                 "fetch the checkpoint again"
             )
         tensors[name] = headers[shard][name]
@@ -77,14 +79,25 @@ def read_index(index: str) -> dict[str, str]:
         raise CheckpointError(f"{index}: no weight_map in it; fetch the file again")
     paths = {}
     for name, file in weight_map.items():
-        usable = isinstance(file, str) and file and "\0" not in file
-        if not usable or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        if not is_inside(file):
             raise CheckpointError(
-                f"{index}: tensor {name!r} points to {file!r}, which leaves the checkpoint's folder "
+                f"{index}: tensor {quote(name)} points to {quote(file)}, which leaves the checkpoint's folder "
                 "or is no file name; do not trust this checkpoint"
             )
         paths[name] = str(Path(index).parent / file)
     return paths
+
+
+def is_inside(file: Any) -> bool:
+    """Whether `file`, read from a file in some folder, is the name of a file in or below that folder."""
+    if not isinstance(file, str) or not file or "\0" in file:
+        return False
+    try:
+        if len(os.fsencode(file)) >= PATH_MAX:
+            return False
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it, no file system can
+        return False
+    return not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import stat
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from zinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_BYTES = (1 << 63) - 1  # of a file, and of a tensor
+MAX_QUOTED = 200  # characters of a file's own text in a message
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -40,6 +42,15 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+
+def quote(value: Any) -> str:
+    """`value`, which came out of a file and may be anything, short enough for a message."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deeply to show"
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,12 @@ def _read_raw_header(path: str) -> tuple[bytes, int]:
 
 def _parse_json(path: str, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            duplicate = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{path}: header lists {duplicate!r} twice; fetch the file again")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise CheckpointError(f"{path}: header lists {quote(key)} twice; fetch the file again")
+            found[key] = value
+        return found
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
@@ -115,33 +127,36 @@ def _entry(path: str, name: str, fields: Any, data_start: int, size: int) -> Ten
         dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: malformed header entry {fields!r}; fetch the file again"
+            f"{path}: tensor {quote(name)}: malformed header entry {quote(fields)}; fetch the file again"
         ) from error
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype_name!r}; zinfer knows {', '.join(DTYPES)}"
+            f"{path}: tensor {quote(name)} has dtype {quote(dtype_name)}; zinfer knows {', '.join(DTYPES)}"
         )
     dtype = DTYPES[dtype_name]
     counts = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CheckpointError(
-            f"{path}: tensor {name!r}: shape {shape!r} or offsets {[begin, end]!r} are not counts; the file is "
-            "damaged, fetch it again"
+            f"{path}: tensor {quote(name)}: shape {quote(shape)} or offsets {quote([begin, end])} are not counts; "
+            "the file is damaged, fetch it again"
         )
-    # Empty tensors too: torch multiplies the dimensions it is given.
-    if end > MAX_BYTES or prod(count or 1 for count in shape) * dtype.itemsize > MAX_BYTES:
+    # Empty tensors too: torch multiplies the dimensions it is given. Stops early: a product of all would take
+    # minutes for a hostile shape.
+    products = itertools.accumulate((count or 1 for count in shape), operator.mul, initial=dtype.itemsize)
+    if end > MAX_BYTES or any(product > MAX_BYTES for product in products):
         raise CheckpointError(
-            f"{path}: tensor {name!r}: its shape or offsets are beyond any file; the file is damaged, fetch it again"
+            f"{path}: tensor {quote(name)}: its shape or offsets are beyond any file; "
+            "the file is damaged, fetch it again"
         )
     expected = prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: {dtype_name} {shape} needs {expected} bytes, "
-            f"its offsets {[begin, end]} give {end - begin}; the file is damaged, fetch it again"
+            f"{path}: tensor {quote(name)}: {dtype_name} {quote(shape)} needs {expected} bytes, "
+            f"its offsets {quote([begin, end])} give {quote(end - begin)}; the file is damaged, fetch it again"
         )
     if data_start + end > size:
         raise CheckpointError(
-            f"{path}: tensor {name!r} ends at byte {data_start + end} but the file has {size}; "
+            f"{path}: tensor {quote(name)} ends at byte {data_start + end} but the file has {size}; "
             "the file is truncated, fetch it again"
         )
     return TensorEntry(name, path, data_start + begin, expected, dtype, tuple(shape))
@@ -152,6 +167,6 @@ def _refuse_overlaps(path: str, entries: dict[str, TensorEntry]) -> None:
     for before, after in itertools.pairwise(ordered):
         if before.offset + before.length > after.offset:
             raise CheckpointError(
-                f"{path}: tensors {before.name!r} and {after.name!r} overlap at byte {after.offset}; "
+                f"{path}: tensors {quote(before.name)} and {quote(after.name)} overlap at byte {after.offset}; "
                 "the file is damaged, fetch it again"
             )
