@@ -14,7 +14,7 @@ class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
     `sweep_*` are medians over the sweeps after the first; None until there was one. `read_rate` is
-    bytes a second over those sweeps, drive idle time included.
+    bytes a second over those sweeps, drive idle time included. `drives` says how each block device is read.
     """
 
     model: str
@@ -22,6 +22,7 @@ class Report:
     offload: str
     backend: str
     direct: bool
+    drives: tuple[str, ...]
     model_bytes: int
     budget: int
     planned_resident_bytes: int
@@ -56,6 +57,7 @@ class Report:
         lines = [
             ("model", f"{self.model} from {self.source}, {_size(self.model_bytes)}"),
             ("reads", f"{self.backend}, {'O_DIRECT' if self.direct else 'through the page cache'}"),
+            *(("drives" if number == 0 else "", text) for number, text in enumerate(self.drives)),
             (
                 "budget",
                 f"{_size(self.budget)}: residents {_size(self.planned_resident_bytes)}, window "
