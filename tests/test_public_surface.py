@@ -58,7 +58,14 @@ ONLY = {
     "aio": ("errors", "pinned"),
     "weights": ("errors",),
     "plan": ("errors",),
-    "store": ("errors", "pinned", "aio", "weights.checkpoint", "weights.safetensors_header"),
+    "store": (
+        "errors",
+        "pinned",
+        "aio",
+        "weights.checkpoint",
+        "weights.safetensors_header",
+        "weights.packed",
+    ),
     "report": (),
 }
 
