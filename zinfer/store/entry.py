@@ -20,7 +20,7 @@ from typing import Any
 from zinfer.errors import CheckpointError, StoreError
 from zinfer.store.folder import describe, prepare_root, write_errors
 from zinfer.store.part_file import hash_file, write_file
-from zinfer.store.striped_file import hash_striped
+from zinfer.store.striped_file import check_fits, hash_striped
 from zinfer.weights.checkpoint import read_json
 from zinfer.weights.packed import STRIPE, read_pack
 
@@ -47,6 +47,7 @@ class Entry:
     """The entry for the source with `identity` (sha256 hex) in the stores at `roots`. Holds nothing open.
 
     `folder`, in the first of them, has everything but the members of striped shards, which lie in all `folders`.
+    Raises OptionError for paths too long to be striped over.
     """
 
     def __init__(self, roots: Sequence[str], name: str, identity: str, kind: str, source: str) -> None:
@@ -56,6 +57,8 @@ class Entry:
         self.source = source
         self.folders = tuple(os.path.join(root, f"{name}-{identity[:12]}") for root in roots)
         self.folder = self.folders[0]
+        if len(roots) > 1:
+            check_fits(self.folders)
         self._about = {"schema": SCHEMA, "kind": kind, "source": source, "identity": identity}
 
     def obtain(self, write: Callable[[], dict[str, FileRecord]]) -> str:

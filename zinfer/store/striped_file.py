@@ -38,7 +38,6 @@ class StripedPartFile:
         self._hash: _Hash = hashlib.sha256()
         self._fds: list[int] = []
         self._droppers: list[CacheDropper] = []
-        check_fits(paths)
         try:
             for part in self._parts:
                 with write_errors(part, self._missing):
@@ -136,10 +135,9 @@ def open_part(paths: Sequence[str], expected: int, *, keep: bool = False) -> Par
     return PartFile(paths[0], expected, keep=keep) if len(paths) == 1 else StripedPartFile(paths, expected)
 
 
-def check_fits(paths: Sequence[str]) -> None:
-    """Raises OptionError where a header page cannot hold the folders of `paths`."""
-    folders = tuple(os.path.dirname(path) for path in paths)
-    format_page(Header("0" * 32, 0, Geometry(len(paths), STRIPE, MAX_BYTES), folders))
+def check_fits(folders: Sequence[str]) -> None:
+    """Raises OptionError where a header page cannot hold the paths `folders`."""
+    format_page(Header("0" * 32, 0, Geometry(len(folders), STRIPE, MAX_BYTES), tuple(folders)))
 
 
 def shares(size: int, count: int) -> list[int]:
