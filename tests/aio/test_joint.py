@@ -9,7 +9,7 @@ import time
 import pytest
 
 from zinfer.aio.joint import JointRequest
-from zinfer.errors import DriveError
+from zinfer.errors import ClosedError, DriveError
 
 
 class Part:
@@ -130,6 +130,15 @@ def test_dropping_it_cancels_every_part():
     joint = JointRequest(parts)
     del joint
     assert [part.cancels for part in parts] == [1, 1]
+
+
+def test_dropping_it_in_a_forked_child_is_silent():
+    class Foreign(Part):
+        def cancel(self):
+            raise ClosedError("made in another process")
+
+    joint = JointRequest([Foreign(), Foreign()])
+    del joint  # what __del__ raised would be a warning, and so an error of this test
 
 
 def test_a_kept_error_keeps_no_part():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
-from zinfer.errors import DriveError
+from zinfer.errors import ClosedError, DriveError
 
 LOOK_EVERY = 0.02  # seconds between looks whether another part has failed meanwhile
 
@@ -87,7 +88,8 @@ class JointRequest:
             part.cancel()
 
     def __del__(self) -> None:
-        self.cancel()  # all of them, before the first one that goes waits until it has drained
+        with suppress(ClosedError):  # in a forked child, where there is nothing to cancel
+            self.cancel()  # all parts, before the first that goes waits until it has drained
 
     def _settled(self, part: Waitable, timeout: float = 0.0) -> bool:
         """Whether nothing of `part` is in flight after `timeout` seconds; its failure cancels all."""
