@@ -329,6 +329,20 @@ def test_two_processes_at_once_make_one_copy(tmp_path, two, start_python):
     verify(str(entry))
 
 
+def test_a_drive_that_fails_to_flush_is_named_and_no_part_is_left(checkpoint, two, monkeypatch):
+    original = os.fsync
+
+    def failing(fd):
+        if str(two[1]) in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(5, "Input/output error")
+        original(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StoreError, match=rf"{two[1]}.*\.part: cannot be written: .*\(EIO\)"):
+        copy(checkpoint, two)
+    assert not shards_in(two)
+
+
 def test_a_source_that_changes_while_it_is_copied_is_refused(checkpoint, folders, monkeypatch):
     original = StripedPartFile.write
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from zinfer.errors import StoreError
 from zinfer.store.folder import write_errors
-from zinfer.store.part_file import BLOCK, PART, CacheDropper, PartFile, read_at, sync_folder
+from zinfer.store.part_file import BLOCK, DROP_EVERY, PART, CacheDropper, PartFile, read_at, sync_folder
 from zinfer.weights.packed import MAX_BYTES, PAGE, STRIPE, Geometry, Header, format_page
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class StripedPartFile:
         self._set_id = secrets.token_hex(16)
         self._hash: _Hash = hashlib.sha256()
         self._fds: list[int] = []
-        self._droppers: list[CacheDropper] = []
+        self._pending = 0  # bytes written since the last flush
+        self._pool = ThreadPoolExecutor(len(paths), "zinfer-flush")  # all drives at once, not one by one
         try:
             for part in self._parts:
                 with write_errors(part, self._missing):
@@ -48,7 +50,6 @@ class StripedPartFile:
             self._close()
             self.discard()
             raise
-        self._droppers += [CacheDropper(fd, written=True) for fd in self._fds]
 
     def __enter__(self) -> StripedPartFile:
         return self
@@ -83,19 +84,17 @@ class StripedPartFile:
         pages = self._pages()
         for member, page in enumerate(pages):
             self._write_at(member, memoryview(page), 0)
-        for part, fd, dropper in zip(self._parts, self._fds, self._droppers, strict=True):
-            with write_errors(part, self._missing):
-                os.fsync(fd)
-                dropper.drop()
-        if hash_striped(self._parts, replace(self._geometry, size=self.offset), pages) != written:
+        self._flush()
+        with write_errors(self.path, self._missing):
+            found = hash_striped(self._parts, replace(self._geometry, size=self.offset), pages)
+        if found != written:
             self.discard()
             raise StoreError(
                 f"{self._parts[0]} and its other members: what the drives give back is not what was written to them; "
                 "the files were removed. Check the drives and memory (smartctl, dmesg) before trying again"
             )
-        for part, path in reversed(
-            list(zip(self._parts, self._paths, strict=True))
-        ):  # member 0, the shard, last
+        renames = list(zip(self._parts, self._paths, strict=True))
+        for part, path in reversed(renames):  # member 0, by which the shard is found, comes last
             with write_errors(part, self._missing):
                 os.replace(part, path)
                 sync_folder(os.path.dirname(path))
@@ -112,14 +111,27 @@ class StripedPartFile:
         with write_errors(self._parts[member], self._missing):
             while len(data):
                 count = os.pwrite(self._fds[member], data[:BLOCK], at)
-                self._droppers[member].passed(count)
                 at += count
                 data = data[count:]
+                self._pending += count
+        if self._pending >= DROP_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Make what was written durable on every drive, and drop it from the page cache."""
+        list(self._pool.map(self._flush_member, range(len(self._fds))))
+        self._pending = 0
+
+    def _flush_member(self, member: int) -> None:
+        with write_errors(self._parts[member], self._missing):
+            os.fsync(self._fds[member])
+            os.posix_fadvise(self._fds[member], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _missing(self) -> int:
         return max(self._geometry.size - self.offset, 0)
 
     def _close(self) -> None:
+        self._pool.shutdown()  # no thread uses a descriptor that is closed, and perhaps another file's by then
         while self._fds:
             os.close(self._fds.pop())
 
