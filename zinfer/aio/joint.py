@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
-from zinfer.errors import ClosedError, DriveError
+from zinfer.errors import DriveError
 
 LOOK_EVERY = 0.02  # seconds between looks whether another part has failed meanwhile
 
@@ -39,7 +38,8 @@ class JointRequest:
     """The requests that one read became, of which each drive has a part. Any thread may use it.
 
     It fails as a whole: the first part that is seen to fail cancels the others, and the failure is raised once none
-    of them is in flight any more. Dropping it cancels the parts and drops them, and each of them drains.
+    of them is in flight any more. Dropping it drops the parts, and each of them cancels and drains. (No __del__ does
+    it for all at once: a Ctrl-C that arrives in one is lost.)
     """
 
     def __init__(self, parts: Sequence[Waitable]) -> None:
@@ -86,10 +86,6 @@ class JointRequest:
         """Drop the pieces not started; those in flight drain. Harmless when done."""
         for part in self._parts:
             part.cancel()
-
-    def __del__(self) -> None:
-        with suppress(ClosedError):  # in a forked child, where there is nothing to cancel
-            self.cancel()  # all parts, before the first that goes waits until it has drained
 
     def _settled(self, part: Waitable, timeout: float = 0.0) -> bool:
         """Whether nothing of `part` is in flight after `timeout` seconds; its failure cancels all."""
