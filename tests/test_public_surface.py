@@ -60,7 +60,14 @@ ONLY = {
     "aio_bench": ("errors", "pinned", "aio"),
     "weights": ("errors",),
     "plan": ("errors",),
-    "store": ("errors", "pinned", "aio", "weights.checkpoint", "weights.safetensors_header"),
+    "store": (
+        "errors",
+        "pinned",
+        "aio",
+        "weights.checkpoint",
+        "weights.safetensors_header",
+        "weights.packed",
+    ),
     "report": (),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from zinfer import store
@@ -50,7 +51,9 @@ def _download(name: str, hub: dict[str, Any], patterns: list[str]) -> str:
         ) from error
 
 
-def bring_to_drive(folder: str, variant: str | None, nvme_path: str | None, offload: str, show: bool) -> str:
+def bring_to_drive(
+    folder: str, variant: str | None, nvme_path: Sequence[str] | None, offload: str, show: bool
+) -> str:
     """The folder to stream from: `folder`, or its copy or conversion under `nvme_path`."""
     if find_shards(folder, variant) is None:
         if not any(name.startswith("pytorch_model") and name.endswith(".bin") for name in os.listdir(folder)):

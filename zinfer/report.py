@@ -15,7 +15,8 @@ class Report:
 
     `sweep_*` are medians over the sweeps after the first; None until there was one. `read_rate` is
     bytes a second over those sweeps, drive idle time included. `pool_bytes` are mapped for window and residents,
-    and `huge_page_bytes` of them lie on huge pages now; None where the kernel does not count them.
+    and `huge_page_bytes` of them lie on huge pages now; None where the kernel does not count them. `drives` says how
+    each block device is read.
     """
 
     model: str
@@ -23,6 +24,7 @@ class Report:
     offload: str
     backend: str
     direct: bool
+    drives: tuple[str, ...]
     model_bytes: int
     budget: int
     planned_resident_bytes: int
@@ -59,6 +61,7 @@ class Report:
         lines = [
             ("model", f"{self.model} from {self.source}, {_size(self.model_bytes)}"),
             ("reads", f"{self.backend}, {'O_DIRECT' if self.direct else 'through the page cache'}"),
+            *(("drives" if number == 0 else "", text) for number, text in enumerate(self.drives)),
             (
                 "budget",
                 f"{_size(self.budget)}: residents {_size(self.planned_resident_bytes)}, window "

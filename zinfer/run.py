@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -17,6 +17,7 @@ from zinfer.errors import OptionError
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.plan.memory import cpu_ceiling
 from zinfer.runtime import Runtime
+from zinfer.store.folder import store_roots
 from zinfer.streaming import check_offload, stream
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
@@ -66,7 +67,7 @@ def run(
     model: str | os.PathLike[str] | nn.Module,
     *,
     offload: str = "auto",
-    nvme_path: str | os.PathLike[str] | None = None,
+    nvme_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     max_memory: Mapping[Any, int | str] | None = None,
@@ -82,7 +83,9 @@ def run(
             host memory; "none" gives a plain model in memory; "auto" takes memory if all fits, else the
             drive.
         nvme_path: folder on the drive to stream from. None: in place. A checkpoint on another
-            filesystem is copied there once; .bin checkpoints are converted there once.
+            filesystem is copied there once; .bin checkpoints are converted there once. A list of two or more
+            folders, one on each drive: the checkpoint is written there once, wherever it lies, striped so that
+            each read draws on all of them; the small files are in the first.
         device: where to compute; this version computes on "cpu" (None means that too).
         dtype: "auto" (the checkpoint's), a torch dtype or its name; casts on the fly where it differs.
         max_memory: {"cpu": "8GiB"}: ceiling on all that zinfer allocates, sizes in bytes or as text.
@@ -105,7 +108,7 @@ def run(
         if name.startswith("_"):
             raise OptionError(f"{name} is internal to transformers; leave it out")
     show = sys.stderr.isatty() if progress is None else progress
-    path = None if nvme_path is None else _path("nvme_path", nvme_path)
+    path = None if nvme_path is None else _folders(nvme_path)
     with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it
         if isinstance(model, nn.Module):
             return _run_module(model, offload, path, dtype, ceiling, show, options)
@@ -115,7 +118,7 @@ def run(
 def _run_checkpoint(
     name: str,
     offload: str,
-    nvme_path: str | None,
+    nvme_path: tuple[str, ...] | None,
     dtype: Any,
     ceiling: int | None,
     show: bool,
@@ -142,7 +145,7 @@ def _run_checkpoint(
 def _run_module(
     module: nn.Module,
     offload: str,
-    nvme_path: str | None,
+    nvme_path: tuple[str, ...] | None,
     dtype: Any,
     ceiling: int | None,
     show: bool,
@@ -213,6 +216,14 @@ def _path(option: str, value: Any) -> str:
     if not isinstance(path, str) or not path or "\0" in path:
         raise OptionError(f"{option}={value!r} is not a path (or hub id)")
     return path
+
+
+def _folders(nvme_path: Any) -> tuple[str, ...]:
+    """The folders that `nvme_path`, one path or a sequence of them, names. Raises OptionError and StoreError."""
+    several = isinstance(nvme_path, Sequence) and not isinstance(nvme_path, (str, bytes, bytearray))
+    folders = tuple(_path("nvme_path", path) for path in (nvme_path if several else (nvme_path,)))
+    store_roots(folders)  # now, before anything is downloaded or written
+    return folders
 
 
 def _check_device(device: str | torch.device | None) -> None:

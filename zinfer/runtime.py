@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from zinfer.pinned import Pool
 from zinfer.plan.memory import process_peak
 from zinfer.report import Report
 from zinfer.streaming import Streaming
@@ -41,7 +40,7 @@ class Runtime:
     def report(self) -> Report:
         """What happened so far."""
         coordinator, account = self._streaming.coordinator, self._streaming.account
-        engine, counters = coordinator.device.engine, coordinator.counters
+        drives, counters = coordinator.device.drives, coordinator.counters
         spans = [
             (later[0] - mark[0], later[1] - mark[1])
             for mark, later in pairwise(list(self._marks))  # a copy: other threads may begin sweeps meanwhile
@@ -50,16 +49,16 @@ class Runtime:
             spans = spans[1:]  # the first sweep also loads the residents
         seconds = sum(span for span, _ in spans)
         waits = sorted(counters.waits_by_weight.items(), key=lambda item: -item[1])
-        files = coordinator.device.files.values()
-        stats = engine.stats
-        pools = self._mapped_pools()
+        stats = drives.stats
+        pools = coordinator.device.pools
         huge = [pool.huge_bytes for pool in pools]
         return Report(
             model=self._name,
             source=self._source,
             offload=self.offload,
-            backend=engine.backend,
-            direct=all(file.direct for file in files),
+            backend=drives.backend,
+            direct=all(file.direct for file in drives.files.values()),
+            drives=tuple(map(str, drives.settings)),
             model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
             budget=account.ceiling,
             planned_resident_bytes=account.residents,
@@ -98,7 +97,8 @@ class Runtime:
     @property
     def bytes_read(self) -> int:
         """Bytes read from the drive so far."""
-        return self._streaming.coordinator.device.engine.stats["bytes_transferred"]
+        count: int = self._streaming.coordinator.device.drives.stats["bytes_transferred"]
+        return count
 
     @property
     def sweep_bytes(self) -> int:
@@ -144,15 +144,8 @@ class Runtime:
         if self._first_sweep is None and self._marks:
             self._first_sweep = time.perf_counter() - self._marks[0][0]
 
-    def _mapped_pools(self) -> list[Pool]:
-        device = self._streaming.coordinator.device
-        pools = (device.window, device._resident_pool)
-        return [pool for pool in pools if pool is not None and pool.base_address]
-
     def _fallbacks(self) -> tuple[str, ...]:
-        device = self._streaming.coordinator.device
-        notes = [f"{backend} not used: {reason}" for backend, reason in device.engine.fallbacks]
-        buffered = [file for file in device.files.values() if not file.direct]
-        if buffered:
-            notes.append(f"O_DIRECT not used: {buffered[0].direct_reason}")
-        return tuple(notes)
+        drives = self._streaming.coordinator.device.drives
+        notes = [f"{backend} not used: {reason}" for backend, reason in drives.fallbacks]
+        reasons = dict.fromkeys(file.direct_reason for file in drives.files.values() if not file.direct)
+        return (*notes, *(f"O_DIRECT not used: {reason}" for reason in reasons))

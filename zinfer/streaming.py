@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from zinfer.coordinator.coordinator import Coordinator
-from zinfer.device.cpu import DEPTH, CpuDevice, bounce_slot_bytes
+from zinfer.device.cpu import CpuDevice, bounce_bytes
 from zinfer.errors import BudgetError, OptionError
 from zinfer.plan.memory import free_memory, total_memory
 from zinfer.plan.placement import Footprint, Placement, all_resident, place, smallest
@@ -89,9 +89,9 @@ class Parts:
         self.large = [item for item in held if not item.stays(threshold)]
         self.weights = [_weight(item, allocated) for item in self.large]
         self.footprints = [_footprint(weight) for weight in self.weights]
-        self.slot = bounce_slot_bytes(budget)
+        self.bounce = bounce_bytes(budget)
         self.small_bytes = _small_bytes(self.small)
-        self.fixed = self.small_bytes + DEPTH * self.slot
+        self.fixed = self.small_bytes + self.bounce
 
     def needed(self, offload: str) -> int:
         """The fewest bytes that hold what this division keeps in memory at once."""
@@ -167,7 +167,7 @@ def stream(
         weights[index].wants_residence = True
     residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, residents, placement.window_bytes, parts.slot)
+    device = CpuDevice(paths, residents, placement.window_bytes, parts.bounce)
     try:
         _read_small(device, small, allocated)
         slots = [item.slots for item in large]
@@ -179,7 +179,7 @@ def stream(
             window=placement.window_bytes,
             conversions=placement.transient_bytes,
             small=parts.small_bytes,
-            bounce=DEPTH * parts.slot,
+            bounce=parts.bounce,
         )
         streaming = Streaming(coordinator, weights, account, slots, parameters)
         streaming.install()
@@ -248,7 +248,7 @@ def _small_bytes(small: Sequence[Held]) -> int:
 def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
     budget, needed = parts.budget, parts.needed(offload)
     if needed > budget:
-        # A larger budget keeps more tensors and has larger slots: go up until one fits what it keeps.
+        # A larger budget keeps more tensors and has larger buffers: go up until one fits what it keeps.
         while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
             needed = more
         what = (

@@ -50,6 +50,18 @@ def test_stdout_is_the_text_of_the_model_in_memory_and_nothing_else(llama, comma
         assert part in err
 
 
+def test_several_nvme_paths_are_striped_over(llama, command, tmp_path):
+    _, text = expected_ids(llama, PROMPT, 4)
+    paths = []
+    for name in ("nvme0", "nvme1"):
+        (tmp_path / name).mkdir()
+        paths += ["--nvme-path", str(tmp_path / name)]
+    status, out, err = command("run", llama, "--prompt", PROMPT, "--max-new-tokens", "4", *paths)
+    assert (status, out) == (0, text + "\n")
+    assert f"from {tmp_path}/nvme0/zinfer-store/" in err and "\ndrives " in err
+    assert list((tmp_path / "nvme1").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("offload", ["auto", "cpu", "none"])
 def test_every_offload_says_the_same(offload, llama, command):
     _, text = expected_ids(llama, PROMPT, 8)
@@ -160,6 +172,7 @@ def test_a_budget_too_small_names_the_smallest_that_works(llama, command, nothin
         (["run", "MODEL", "--prompt", "x", "--dtype", "float99"], 2, "float99"),
         (["run", "MODEL", "--prompt", "x", "--revision", "main"], 2, "revision"),
         (["run", "MODEL", "--prompt", "x", "--offload", "cpu", "--nvme-path", "."], 2, "nvme_path"),
+        (["run", "MODEL", "--prompt", "x", "--nvme-path", ".", "--nvme-path", "./"], 2, "twice"),
         (["run", "MODEL", "--prompt", "x", "--json", "./no-such-folder/report.json"], 2, "report.json"),
         (["frobnicate"], 2, "frobnicate"),
         ([], 2, "COMMAND"),

@@ -36,9 +36,9 @@ def tokens(model: Any, ids: torch.Tensor = IDS, count: int = 6) -> list[list[int
 
 
 def check_device(model: Any) -> None:
-    """The engine is whole and idle, the window's regions tile it."""
+    """The engines are whole and idle, the window's regions tile it."""
     device = model.zinfer._streaming.coordinator.device
-    device.engine.check_integrity()
+    device.drives.check_integrity()
     if device.window is not None:
         device.window.check_integrity()
 

@@ -179,7 +179,7 @@ def test_a_module_that_cannot_be_taken_over_works_on_with_its_old_weights(why, t
         error = DriveError
         faults = [("error", 5)]
         monkeypatch.setattr(
-            "zinfer.device.cpu.Engine", lambda backend, **rest: Engine("faults", faults=faults, **rest)
+            "zinfer.aio.drives.Engine", lambda backend, **rest: Engine("faults", faults=faults, **rest)
         )
     elif why == "store":
         error, options["nvme_path"] = StoreError, tmp_path / "absent"

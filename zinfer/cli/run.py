@@ -52,8 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fits; cpu: all in host memory; none: a plain model in memory",
     )  # fmt: skip
     place.add_argument(
-        "--nvme-path", metavar="DIR", help="drive to stream from; default: where the checkpoint lies"
-    )
+        "--nvme-path", action="append", metavar="DIR",
+        help="drive to stream from; default: where the checkpoint lies. Given several times: the checkpoint is "
+        "written there once, striped over all of them",
+    )  # fmt: skip
     place.add_argument(
         "--max-memory", action="append", type=_memory, default=[], metavar="cpu=SIZE",
         help="ceiling on what zinfer allocates, such as cpu=3GiB; default: what is free",

@@ -12,78 +12,88 @@ from typing import Any
 
 import torch
 
-from zinfer.aio import Engine, File
 from zinfer.device.fetch import Fetch
+from zinfer.device.shards import Shards
 from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
 from zinfer.pinned import Pool, Region
-from zinfer.weights.layout import PAGE, VECTOR, Layout, lay_out
+from zinfer.pinned.numa import node_for, online_nodes
+from zinfer.weights.layout import VECTOR, Layout, lay_out
 from zinfer.weights.lowering import Placed, rows_of
 from zinfer.weights.symbolic import evaluate
 from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
-DEPTH = 8  # reads in flight: enough for the drive's full speed, few enough that an urgent one waits ~10 ms
-BLOCK_BYTES = 4 << 20
-MAX_BOUNCE_SLOT = 1 << 20
+SMALLEST_BOUNCE = 64 << 10
+LARGEST_BOUNCE = 8 << 20
 
 
-def bounce_slot_bytes(budget: int) -> int:
-    """Bytes of one of the DEPTH slots through which unaligned pieces pass: at most 1/32 of `budget` in all."""
-    share = max(2 * PAGE, min(MAX_BOUNCE_SLOT, budget // (32 * DEPTH)))
-    return 1 << (share.bit_length() - 1)  # a power of two
+def bounce_bytes(budget: int) -> int:
+    """Bytes of the buffers through which unaligned pieces pass: a power of two, at most 1/32 of a large `budget`."""
+    share = max(SMALLEST_BOUNCE, min(LARGEST_BOUNCE, budget // 32))
+    return 1 << (share.bit_length() - 1)
 
 
 class CpuDevice:
-    """Files, engine and memory of one model that computes on the CPU.
+    """Shards, engines and memory of one model that computes on the CPU.
 
-    `window` is the pool that weights are read ahead into (None when nothing streams); each weight in
-    `residents` has a place of its own in a second mapping, so that keeping it can never fail. Any thread
-    may call any method.
+    `bounce`: bytes of buffers for its engines. `window` is the pool that weights are read ahead into (None when
+    nothing streams); each weight in `residents` has a place of its own in a second mapping, so that keeping it can
+    never fail. Any thread may call any method.
     """
 
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce_slot: int
+        self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce: int
     ) -> None:
-        self.engine = Engine("auto", depth=DEPTH, block_bytes=BLOCK_BYTES, bounce_slot_bytes=bounce_slot)
-        self.files: dict[str, File] = {}
+        self.shards = Shards(paths, bounce)
+        self.drives = self.shards.drives
         self.window: Pool | None = None
         self._resident_pool: Pool | None = None
         self._resident_block: Region | None = None
         self._places: dict[Weight, int] = {}
         try:
-            self._open(paths, residents, window_bytes)
+            self._log_fallbacks()
+            self._take_memory(residents, window_bytes)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int) -> None:
-        for backend, reason in self.engine.fallbacks:
+    def _log_fallbacks(self) -> None:
+        for backend, reason in self.drives.fallbacks:
             logger.warning(
-                "%s is not available (%s); reading through %s", backend, reason, self.engine.backend
+                "%s is not available (%s); reading through %s", backend, reason, self.drives.backend
             )
-        for path in paths:
-            self.files[path] = File(path)
-        buffered = next((file for file in self.files.values() if not file.direct), None)
-        if buffered is not None:  # the reason is the filesystem's, the same for the other shards
-            logger.warning("%s is read through the page cache: %s", buffered.path, buffered.direct_reason)
+        buffered: dict[str, str] = {}  # the reason is the filesystem's, the same for its other shards
+        for file in self.drives.files.values():
+            if not file.direct:
+                buffered.setdefault(file.direct_reason, file.path)
+        for reason, path in buffered.items():
+            logger.warning("%s is read through the page cache: %s", path, reason)
+
+    def _take_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
         total = 0
         for weight in residents:
             self._places[weight] = total
             total += weight.layout.nbytes
+        node = node_for([device.numa_node for device in self.drives.devices], online_nodes())
         if window_bytes:
-            self.window = Pool(window_bytes, page_lock="off")
+            self.window = Pool(window_bytes, page_lock="off", numa_node=node)
         if total:
-            self._resident_pool = Pool(total, page_lock="off")
+            self._resident_pool = Pool(total, page_lock="off", numa_node=node)
             self._resident_block = self._resident_pool.acquire(total)
+        for reason in {pool.numa_reason for pool in self.pools if pool.numa_reason}:
+            logger.warning("memory may lie far from the drive, on another NUMA node: %s", reason)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The mappings that weights lie in; none after `close`, once the last tensor on them has died."""
+        return [pool for pool in (self.window, self._resident_pool) if pool is not None and pool.base_address]
 
     def close(self) -> None:
         """Drain every read and give the memory back as soon as the last tensor on it dies."""
-        self.engine.close()
-        for file in self.files.values():
-            file.close()
+        self.drives.close()
         self._resident_block = None
         for pool in (self.window, self._resident_pool):
             if pool is not None:
@@ -127,9 +137,9 @@ class CpuDevice:
         out = _view(block.numpy(), start, replace(placed, shape=(len(rows), *placed.shape[1:])))
         at, extents = out.data_ptr(), []
         for run in rows_of(placed, rows):
-            extents.append((self.files[run.path], run.offset, run.length, at, False))
+            extents.append((run.path, run.offset, run.length, at, False))
             at += run.length
-        self.engine.read(extents, block, urgent=True).wait()
+        self.shards.read(extents, block, urgent=True).wait()
         self._refuse_changes({run.path for run in placed.runs})
         return _flagged(out.to(weight.dtype), weight.requires_grad)
 
@@ -147,10 +157,10 @@ class CpuDevice:
     def _read(self, layout: Layout, memory: Any, address: int, urgent: bool) -> Any:
         """Read the pieces of `layout` to `address`, which `memory` owns."""
         extents = [
-            (self.files[piece.run.path], piece.run.offset, piece.run.length, address + piece.at, piece.slack)
+            (piece.run.path, piece.run.offset, piece.run.length, address + piece.at, piece.slack)
             for piece in layout.pieces
         ]
-        return self.engine.read(extents, memory, urgent=urgent)
+        return self.shards.read(extents, memory, urgent=urgent)
 
     def _tensor_of(self, weight: Weight, memory: Any, address: int) -> torch.Tensor:
         """The tensor of `weight` over `memory`, which it keeps alive, or what its conversion makes of it."""
@@ -173,9 +183,9 @@ class CpuDevice:
 
     def _refuse_changes(self, paths: set[str]) -> None:
         for path in paths:
-            if self.files[path].changed():
+            if (file := self.shards.changed(path)) is not None:
                 raise CheckpointChangedError(
-                    f"{path}: the file was altered while it was streamed; results after this point could be "
+                    f"{file}: the file was altered while it was streamed; results after this point could be "
                     "wrong. Restore it, then call zinfer.run again"
                 )
 

@@ -5,6 +5,8 @@
             manifest.json        sizes and sha256 of the files; written last: its presence completes the entry
             manifest.json.done   of a copy under way: the files that are already done
             NAME.part            a file under way
+            NAME.safetensors     a shard; with several paths in `nvme_path` a member of it, as in the entries of the
+                                 same name under the other paths, which hold nothing else
         <the entry's name>.lock  held by the process that writes the entry; stays behind, empty
 
 Nothing in here is ever deleted while it is complete and sound: a source that changed gets a new entry,

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from zinfer.errors import CheckpointError
 from zinfer.store.copying import byte_bar, copy_file
 from zinfer.store.entry import Entry, FileRecord
-from zinfer.store.folder import require_space, store_root
+from zinfer.store.folder import require_space, store_roots
 from zinfer.store.safetensors_writer import NamedTensor, shard_names, write_index, write_shard
 from zinfer.store.source import SourceFile, identity_of, readable_name, small_files, source_file
+from zinfer.store.striped_file import shares
 from zinfer.weights.checkpoint import find_shards, read_index
 
 logger = logging.getLogger("zinfer")
@@ -27,18 +29,21 @@ _LOAD_ERRORS = (
 )
 
 
-def convert_bin(folder: str, nvme_path: str, *, variant: str | None = None, progress: bool = True) -> str:
+def convert_bin(
+    folder: str, nvme_path: str | Sequence[str], *, variant: str | None = None, progress: bool = True
+) -> str:
     """A folder with the safetensors form of the checkpoint in `folder`, made in the store now or found there.
 
     The checkpoint has a pytorch_model.bin, or a pytorch_model.bin.index.json and the files it names (those of
     `variant`, when given). Each .bin file becomes one shard that holds the same names; the small files are
-    copied. `folder` itself is returned where it has safetensors shards already. Pickles are only read as
+    copied; with several paths the shards are striped over them. `folder` itself is returned where it has safetensors
+    shards already. Pickles are only read as
     plain tensors (`weights_only`), so no code in them runs. `progress` shows a bar in bytes.
 
     Raises CheckpointError when a file is missing, damaged, refused, or holds no tensors,
     CheckpointChangedError when one changes meanwhile, and StoreError when `nvme_path` cannot be used.
     """
-    root = store_root(nvme_path)
+    roots = store_roots(nvme_path)
     if find_shards(folder, variant) is not None:
         return folder
     index = os.path.join(folder, f"pytorch_model.bin.index{f'.{variant}' if variant else ''}.json")
@@ -51,7 +56,7 @@ def convert_bin(folder: str, nvme_path: str, *, variant: str | None = None, prog
     bins = [source_file(folder, path) for path in sorted(set(file_of.values())) or [single]]
     small = small_files(folder, leave=(os.path.basename(index),))
     identity = identity_of("convert", folder, [*bins, *small])
-    entry = Entry(root, readable_name(folder), identity, "convert", os.path.realpath(folder))
+    entry = Entry(roots, readable_name(folder), identity, "convert", os.path.realpath(folder))
     return entry.obtain(lambda: _convert(entry, bins, file_of, small, variant, progress))
 
 
@@ -66,20 +71,24 @@ def _convert(
     """Write the entry's files; an interrupted conversion leaves none of them."""
     entry.clear()
     total = sum(file.size for file in (*bins, *small))
-    require_space(entry.root, total, f"the safetensors form of {entry.source}")
+    needed = [
+        sum(column) for column in zip(*(shares(file.size, len(entry.roots)) for file in bins), strict=True)
+    ]
+    needed[0] += sum(file.size for file in small)
+    require_space(entry.roots, needed, f"the safetensors form of {entry.source}")
     logger.info("converting %d bytes of %s to %s", total, entry.source, entry.folder)
     shard_of: dict[str, str] = {}
     nbytes = 0
     try:
         with byte_bar(total, "converting", progress) as bar:
-            records = {file.name: copy_file(file, entry.path(file.name), bar) for file in small}
+            records = {file.name: copy_file(file, (entry.path(file.name),), bar) for file in small}
             for file, name in zip(bins, shard_names(len(bins), variant), strict=True):
                 tensors = [
                     NamedTensor(key, tensor)
                     for key, tensor in _load(file).items()
                     if file_of.get(key, file.path) == file.path and key not in shard_of
                 ]
-                records[name] = write_shard(entry.path(name), tensors, bar)
+                records[name] = write_shard(entry.shard_paths(name), tensors, bar)
                 file.check_now()
                 shard_of.update({named.name: name for named in tensors})
                 nbytes += sum(named.nbytes for named in tensors)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,9 @@ from typing import Any
 from zinfer.errors import CheckpointError, StoreError
 from zinfer.store.folder import describe, prepare_root, write_errors
 from zinfer.store.part_file import hash_file, write_file
+from zinfer.store.striped_file import check_fits, hash_striped
 from zinfer.weights.checkpoint import is_inside, read_json
+from zinfer.weights.packed import STRIPE, read_pack
 from zinfer.weights.safetensors_header import quote
 
 logger = logging.getLogger("zinfer")
@@ -34,29 +37,41 @@ WAIT_BEFORE_LOG = 1.0  # seconds
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says about one file; `source_*` where the file is a copy of one."""
+    """What the manifest says about one file; `source_*` where it is a copy of one, `members` where it is striped."""
 
     size: int  # bytes
     sha256: str  # hex
     source_size: int | None = None  # bytes
     source_mtime_ns: int | None = None
+    members: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no file has."""
         numbers = [number for number in (self.source_size, self.source_mtime_ns) if number is not None]
         if not all(type(number) is int and abs(number) < 1 << 63 for number in (self.size, *numbers)):
             raise ValueError(f"sizes {quote(self.size)}, {quote(numbers)}")
+        if type(self.members) is not int or self.members < 1:
+            raise ValueError(f"members {quote(self.members)}")
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256 {quote(self.sha256)}")
 
 
 class Entry:
-    """The entry for the source with `identity` (sha256 hex) in the store at `root`. Holds nothing open."""
+    """The entry for the source with `identity` (sha256 hex) in the stores at `roots`. Holds nothing open.
 
-    def __init__(self, root: str, name: str, identity: str, kind: str, source: str) -> None:
-        self.root = root
+    `folder`, in the first of them, has everything but the members of striped shards, which lie in all `folders`.
+    Raises OptionError for paths too long to be striped over.
+    """
+
+    def __init__(self, roots: Sequence[str], name: str, identity: str, kind: str, source: str) -> None:
+        if len(roots) > 1:  # not to be taken for the plain entry, nor for that of other drives
+            identity = hashlib.sha256(json.dumps([identity, STRIPE, *roots]).encode()).hexdigest()
+        self.roots = tuple(roots)
         self.source = source
-        self.folder = os.path.join(root, f"{name}-{identity[:12]}")
+        self.folders = tuple(os.path.join(root, f"{name}-{identity[:12]}") for root in roots)
+        self.folder = self.folders[0]
+        if len(roots) > 1:
+            check_fits(self.folders)
         self._about = {"schema": SCHEMA, "kind": kind, "source": source, "identity": identity}
 
     def obtain(self, write: Callable[[], dict[str, FileRecord]]) -> str:
@@ -65,11 +80,14 @@ class Entry:
         `write` returns what it wrote, by file name relative to the folder. Raises StoreError.
         """
         if not self._is_complete():
-            prepare_root(self.root)
+            for root in self.roots:
+                prepare_root(root)
             with self._lock():
                 if not self._is_complete():
+                    for folder in self.folders:
+                        with write_errors(folder, lambda: 0):
+                            os.makedirs(folder, exist_ok=True)
                     with write_errors(self.folder, lambda: 0):
-                        os.makedirs(self.folder, exist_ok=True)
                         self._withdraw()
                     self._save(MANIFEST, write())
                     self._remove(JOURNAL)
@@ -79,10 +97,16 @@ class Entry:
         """Absolute path of the entry's file `name`."""
         return os.path.join(self.folder, name)
 
+    def shard_paths(self, name: str) -> tuple[str, ...]:
+        """Absolute paths of the members of the shard `name`: one where it is not striped."""
+        return tuple(os.path.join(folder, name) for folder in self.folders)
+
     def done(self) -> dict[str, FileRecord]:
         """The files that an earlier, interrupted writing finished and that still have the right size."""
         records = _read_records(self.path(JOURNAL), self._about) or {}
-        return {name: record for name, record in records.items() if _size(self.path(name)) == record.size}
+        return {
+            name: record for name, record in records.items() if _size(self.path(name), record) == record.size
+        }
 
     def note(self, records: dict[str, FileRecord]) -> None:
         """Remember `records` as finished files, should this writing be interrupted."""
@@ -90,17 +114,18 @@ class Entry:
 
     def clear(self) -> None:
         """Remove every file of the entry. Only under the lock, so only from `obtain`'s `write`."""
-        with write_errors(self.folder, lambda: 0), os.scandir(self.folder) as children:
-            for child in children:
-                if child.is_dir(follow_symlinks=False):
-                    shutil.rmtree(child.path)
-                else:
-                    os.unlink(child.path)
+        for folder in self.folders:
+            with write_errors(folder, lambda: 0), os.scandir(folder) as children:
+                for child in children:
+                    if child.is_dir(follow_symlinks=False):
+                        shutil.rmtree(child.path)
+                    else:
+                        os.unlink(child.path)
 
     def _is_complete(self) -> bool:
         records = _read_records(self.path(MANIFEST), self._about)
         for name, record in (records or {}).items():
-            if (size := _size(self.path(name))) != record.size:
+            if (size := _size(self.path(name), record)) != record.size:
                 logger.warning(
                     "%s: has %s bytes, not %d; writing it anew", self.path(name), size, record.size
                 )
@@ -113,7 +138,7 @@ class Entry:
             os.replace(self.path(MANIFEST), self.path(JOURNAL))
 
     def _save(self, name: str, records: dict[str, FileRecord]) -> None:
-        files = {file: asdict(record) for file, record in sorted(records.items())}
+        files = {file: _fields(record) for file, record in sorted(records.items())}
         write_file(self.path(name), json.dumps({**self._about, "files": files}, indent=1).encode())
 
     def _remove(self, name: str) -> None:
@@ -152,8 +177,8 @@ def verify(entry: str) -> None:
     for name, record in records.items():
         path = os.path.join(entry, name)
         try:
-            size, sha256 = hash_file(path)
-        except OSError as error:
+            size, sha256 = _hash(path, record)
+        except (OSError, CheckpointError) as error:
             raise StoreError(
                 f"{path}: cannot be read: {error}; delete {entry} and let zinfer write it again"
             ) from error
@@ -181,10 +206,35 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
         return None
 
 
-def _size(path: str) -> int | None:
-    """Bytes; None where there is no such file, nor can be."""
+def _fields(record: FileRecord) -> dict[str, Any]:
+    fields = asdict(record)
+    if record.members == 1:
+        del fields["members"]
+    return fields
+
+
+def _hash(path: str, record: FileRecord) -> tuple[int, str]:
+    if record.members == 1:
+        return hash_file(path)
+    pack = read_pack(path)
+    if pack is None:
+        raise CheckpointError("its header is gone")
+    return hash_striped(pack.members, pack.geometry)
+
+
+def _size(path: str, record: FileRecord) -> int | None:
+    """Bytes of the file; None where there is no such file, nor can be.
+
+    Of a striped shard, None unless its members are all there and of one set.
+    """
     try:
+        if record.members > 1:
+            pack = read_pack(path)
+            return pack.size if pack and len(pack.members) == record.members else None
         return os.stat(path).st_size
+    except CheckpointError as error:
+        logger.info("%s", error)
+        return None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             return None

@@ -5,20 +5,34 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from zinfer.errors import StoreError, ZinferError
+from zinfer.errors import OptionError, StoreError, ZinferError
 
 STORE_NAME = "zinfer-store"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def store_root(nvme_path: str) -> str:
-    """Absolute path of the store under `nvme_path`; the store itself need not exist yet.
+def store_roots(nvme_path: str | Sequence[str]) -> tuple[str, ...]:
+    """Absolute paths of the stores under `nvme_path`, one folder or several; the stores need not exist yet.
 
-    Raises StoreError when `nvme_path` is not an existing folder.
+    Raises OptionError for no folder or one named twice, StoreError for what is not an existing folder.
     """
+    paths = (nvme_path,) if isinstance(nvme_path, str) else tuple(nvme_path)
+    if not paths:
+        raise OptionError("nvme_path is an empty list; name the folders to stripe over, or leave it out")
+    roots = tuple(map(_store_root, paths))
+    if len(roots) == 1:
+        return roots
+    roots = tuple(map(os.path.realpath, roots))  # members find each other by these paths, whatever the links
+    for root, path in zip(roots, paths, strict=True):
+        if roots.count(root) > 1:
+            raise OptionError(f"nvme_path names the folder {path!r} twice; give each drive's folder once")
+    return roots
+
+
+def _store_root(nvme_path: str) -> str:
     nvme_path = os.path.abspath(nvme_path)
     if not os.path.lexists(nvme_path):
         raise StoreError(f"nvme_path {nvme_path!r} does not exist; mount the drive, or mkdir -p {nvme_path}")
@@ -57,15 +71,23 @@ def free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def require_space(root: str, needed: int, what: str) -> None:
-    """Raise StoreError unless `needed` bytes, for writing `what`, are free in the store at `root`."""
-    free = free_bytes(root)
-    if needed > free:
-        raise StoreError(
-            f"{root}: writing {what} needs {needed} bytes ({needed / 1e9:.1f} GB) but {free} bytes "
-            f"({free / 1e9:.1f} GB) are free; free {needed - free} bytes, delete entries of the store "
-            "that are no longer used, or give an nvme_path on a larger drive"
-        )
+def require_space(roots: Sequence[str], needed: Sequence[int], what: str) -> None:
+    """Raise StoreError unless in the store at each of `roots` as many bytes as `needed` of it are free for `what`.
+
+    Stores on one filesystem share what is free there.
+    """
+    filesystems: dict[int, tuple[str, int]] = {}
+    for root, share in zip(roots, needed, strict=True):
+        first, before = filesystems.get(device_of(root), (root, 0))
+        filesystems[device_of(root)] = first, before + share
+    for root, share in filesystems.values():
+        free = free_bytes(root)
+        if share > free:
+            raise StoreError(
+                f"{root}: writing {what} needs {share} bytes ({share / 1e9:.1f} GB) but {free} bytes "
+                f"({free / 1e9:.1f} GB) are free; free {share - free} bytes, delete entries of the store "
+                "that are no longer used, or give an nvme_path on a larger drive"
+            )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from zinfer.errors import OptionError
 from zinfer.store.copying import byte_bar
 from zinfer.store.entry import Entry, FileRecord
-from zinfer.store.folder import require_space, store_root
+from zinfer.store.folder import require_space, store_roots
 from zinfer.store.part_file import BLOCK
 from zinfer.store.safetensors_writer import (
     NamedTensor,
@@ -24,24 +25,28 @@ from zinfer.store.safetensors_writer import (
     write_shard,
 )
 from zinfer.store.source import safe_name
+from zinfer.store.striped_file import shares
 
 logger = logging.getLogger("zinfer")
 
 SHARD_BYTES = 5_000_000_000
 
 
-def save_module(module: nn.Module, nvme_path: str, *, progress: bool = True) -> tuple[str, dict[str, str]]:
+def save_module(
+    module: nn.Module, nvme_path: str | Sequence[str], *, progress: bool = True
+) -> tuple[str, dict[str, str]]:
     """Write each distinct parameter of `module` once, as a checkpoint in the store under `nvme_path`.
 
-    Returns the entry's folder and, for every parameter name, the name its tensor has there; tied parameters
-    (the same object under several names) share one. A module of the same class, names, shapes, dtypes and
-    contents is found again and not written. No more than one tensor's copy is held beyond the module.
+    With several paths its shards are striped over them. Returns the entry's folder and, for every parameter name, the
+    name its tensor has there; tied parameters (the same object under several names) share one. A module of the same
+    class, names, shapes, dtypes and contents is found again and not written. No more than one tensor's copy is held
+    beyond the module.
     `progress` shows bars in bytes.
 
     Raises OptionError, before anything is written, when there are no parameters or one has no bytes (meta,
     lazy, streamed, sparse), and StoreError when `nvme_path` cannot be used or a dtype cannot be stored.
     """
-    root = store_root(nvme_path)
+    roots = store_roots(nvme_path)
     parameters, stored = _distinct_parameters(module)
     for name, parameter in parameters.items():
         _check_has_bytes(name, parameter)
@@ -53,7 +58,7 @@ def save_module(module: nn.Module, nvme_path: str, *, progress: bool = True) -> 
             tensors.append(NamedTensor(name, parameter, _digest(parameter)))
             bar.update(tensors[-1].nbytes)
     entry = Entry(
-        root, safe_name(type(module).__name__), _identity(module, tensors, stored), "module", _class(module)
+        roots, safe_name(type(module).__name__), _identity(module, tensors, stored), "module", _class(module)
     )
     return entry.obtain(lambda: _write(entry, tensors, total, progress)), stored
 
@@ -110,13 +115,15 @@ def _class(module: nn.Module) -> str:
 
 def _write(entry: Entry, tensors: list[NamedTensor], total: int, progress: bool) -> dict[str, FileRecord]:
     entry.clear()
-    require_space(entry.root, total, f"the parameters of {entry.source}")
     shards = _shards(tensors)
+    sizes = (sum(named.nbytes for named in shard) for shard in shards)
+    needed = [sum(column) for column in zip(*(shares(size, len(entry.roots)) for size in sizes), strict=True)]
+    require_space(entry.roots, needed, f"the parameters of {entry.source}")
     names = shard_names(len(shards))
     try:
         with byte_bar(total, "writing", progress) as bar:
             records = {
-                name: write_shard(entry.path(name), shard, bar)
+                name: write_shard(entry.shard_paths(name), shard, bar)
                 for name, shard in zip(names, shards, strict=True)
             }
         if len(shards) > 1:

@@ -18,7 +18,8 @@ import torch
 
 from zinfer.errors import StoreError
 from zinfer.store.entry import FileRecord
-from zinfer.store.part_file import BLOCK, PartFile, write_file
+from zinfer.store.part_file import BLOCK, write_file
+from zinfer.store.striped_file import Part, open_part
 from zinfer.weights.safetensors_header import DTYPES, MAX_HEADER_BYTES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -57,22 +58,23 @@ def check_dtype(where: str, named: NamedTensor) -> None:
         )
 
 
-def write_shard(path: str, tensors: Sequence[NamedTensor], bar: Any) -> FileRecord:
-    """Write `tensors` to the safetensors file `path`, whole or not at all; `bar` counts their bytes.
+def write_shard(paths: Sequence[str], tensors: Sequence[NamedTensor], bar: Any) -> FileRecord:
+    """Write `tensors` to the safetensors file `paths` (one, or the members to stripe over), whole or not at all.
 
-    Raises StoreError for a dtype the format lacks, a full or failing drive, and a tensor whose bytes do
-    not have the sha256 it came with.
+    `bar` counts their bytes. Raises StoreError for a dtype the format lacks, a full or failing drive, and a tensor
+    whose bytes do not have the sha256 it came with.
     """
     for named in tensors:
-        check_dtype(path, named)
+        check_dtype(paths[0], named)
     # As in the reference implementation wider types come first, so that every tensor is aligned to its type.
     ordered = sorted(tensors, key=lambda named: -named.tensor.dtype.itemsize)
-    header = _header(path, ordered)
-    with PartFile(path, len(header) + sum(named.nbytes for named in ordered)) as file:
+    header = _header(paths[0], ordered)
+    with open_part(paths, len(header) + sum(named.nbytes for named in ordered)) as file:
         file.write(memoryview(header))
         for named in ordered:
             _write_tensor(file, named, bar)
-        return FileRecord(*file.commit())
+        size, sha256 = file.commit()
+        return FileRecord(size, sha256, members=len(paths))
 
 
 def write_index(folder: str, name: str, shard_of: dict[str, str], total: int) -> FileRecord:
@@ -108,7 +110,7 @@ def _header(path: str, ordered: Sequence[NamedTensor]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _write_tensor(file: PartFile, named: NamedTensor, bar: Any) -> None:
+def _write_tensor(file: Part, named: NamedTensor, bar: Any) -> None:
     content = tensor_bytes(named.tensor)
     hasher = hashlib.sha256()
     for start in range(0, len(content), BLOCK):

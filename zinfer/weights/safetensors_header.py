@@ -11,7 +11,6 @@ import itertools
 import json
 import operator
 import os
-import stat
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from zinfer.errors import CheckpointError
+from zinfer.weights.packed import read_bytes, read_pack
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_BYTES = (1 << 63) - 1  # of a file, and of a tensor
@@ -68,6 +68,8 @@ class TensorEntry:
 def read_header(path: str) -> dict[str, TensorEntry]:
     """Every tensor of the safetensors file `path`, by name, fully validated against the file's size.
 
+    Of a packed shard `path` is member 0, and offsets are those of the whole shard (see packed.py).
+
     Raises CheckpointError naming the file, the tensor and the remedy.
     """
     raw, size = _read_raw_header(path)
@@ -81,19 +83,19 @@ def read_header(path: str) -> dict[str, TensorEntry]:
 
 
 def _read_raw_header(path: str) -> tuple[bytes, int]:
+    """The JSON of the header, and the size of the shard in bytes: of all its members where it is packed."""
+    pack = read_pack(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file; a shard has to be a plain safetensors file")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
+        with open(path, "rb", buffering=0) as file:
+            size = pack.size if pack else os.fstat(file.fileno()).st_size
+            prefix = read_bytes(pack, 0, min(8, size)) if pack else os.pread(file.fileno(), 8, 0)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path}: header claims {length} bytes but the file has {size}; the file is truncated or "
                     "not a safetensors file, fetch it again"
                 )
-            return file.read(length), size
+            return read_bytes(pack, 8, length) if pack else os.pread(file.fileno(), length, 8), size
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot read this shard: {error.strerror}; the checkpoint is incomplete, fetch it again"
