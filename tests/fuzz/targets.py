@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
@@ -25,6 +26,7 @@ from zinfer.store import verify
 from zinfer.store.entry import MANIFEST, SCHEMA, Entry, FileRecord
 from zinfer.store.part_file import hash_file
 from zinfer.weights.checkpoint import open_checkpoint
+from zinfer.weights.packed import PAGE, Geometry, Header, format_page, read_pack
 from zinfer.weights.safetensors_header import TensorEntry, read_header
 
 from .mutate import BARE, Framing
@@ -136,6 +138,58 @@ def join_safetensors(header: bytes, rest: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + rest
 
 
+# The header page of a shard striped over several drives
+
+
+def pack_files() -> list[Path]:
+    return [workspace() / f"pack-{member}" / "model.safetensors" for member in range(2)]
+
+
+def pack_members() -> list[bytes]:
+    """A shard of two members, as a writer leaves it."""
+    content = safetensors_seeds()[0]
+    geometry = Geometry(2, PAGE, len(content))
+    folders = tuple(str(path.parent) for path in pack_files())
+    files = [bytearray(format_page(Header("0" * 32, member, geometry, folders))) for member in range(2)]
+    at = 0
+    for member, _, length in geometry.pieces(0, len(content)):
+        files[member] += content[at : at + length]
+        at += length
+    return [bytes(file) for file in files]
+
+
+def packed_header(data: bytes) -> None:
+    """`data` in the place of either member, beside the other one as it should be."""
+    whole = pack_members()
+    for damaged in range(2):
+        for member, path in enumerate(pack_files()):
+            place(str(path), data if member == damaged else whole[member])
+        check_pack(str(pack_files()[0]))
+
+
+def check_pack(path: str) -> None:
+    try:
+        pack = read_pack(path)
+        tensors = read_header(path)
+    except CheckpointError as error:
+        return check_message(error, workspace())
+    if pack is not None:
+        for member, at, length in pack.geometry.pieces(0, pack.size):
+            inside = PAGE <= at <= at + length <= os.path.getsize(pack.members[member])
+            require(inside, "every piece inside its member")
+    check_tensors(tensors, {path: pack.size if pack else os.path.getsize(path)})
+
+
+def split_pack(data: bytes) -> tuple[bytes, bytes]:
+    return data[16:PAGE].rstrip(b" "), data[:12] + data[PAGE:]
+
+
+def join_pack(header: bytes, rest: bytes) -> bytes:
+    """With a checksum that is right, so that what lies behind it is reached."""
+    page = rest[:12] + bytes(4) + header.ljust(PAGE - 16)
+    return page[:12] + zlib.crc32(page).to_bytes(4, "little") + page[16:] + rest[12:]
+
+
 # A checkpoint's index
 
 
@@ -166,7 +220,7 @@ def index_seeds() -> list[bytes]:
 
 
 def store_entry() -> Entry:
-    return Entry(str(workspace() / "store"), "model", "0" * 64, "copy", "/models/it")
+    return Entry([str(workspace() / "store")], "model", "0" * 64, "copy", "/models/it")
 
 
 def write_store_entry() -> dict[str, FileRecord]:
@@ -233,6 +287,7 @@ def profile_seeds() -> list[bytes]:
 SAFETENSORS = Framing(split_safetensors, join_safetensors)
 TARGETS = {
     "safetensors": Target(safetensors_header, safetensors_seeds, SAFETENSORS),
+    "pack": Target(packed_header, pack_members, Framing(split_pack, join_pack)),
     "index": Target(checkpoint_index, index_seeds),
     "manifest": Target(store_manifest, manifest_seeds),
     "profile": Target(drive_profile, profile_seeds),
