@@ -133,9 +133,9 @@ def test_a_file_too_small_to_measure_is_a_note(size, tmp_path):
     (tmp_path / "small").write_bytes(bytes(size))
     found = drive.look_at(str(tmp_path / "small"))
     assert found.read_rate is None and found.failure
-    assert [
-        finding.topic for finding in unwell(replace(HEALTHY, drive=replace(found, device=None)))
-    ] == ["speed"]
+    assert [finding.topic for finding in unwell(replace(HEALTHY, drive=replace(found, device=None)))] == [
+        "speed"
+    ]
 
 
 def test_doctor_prints_findings_and_exits_with_their_worst(command, tmp_path):
