@@ -12,10 +12,11 @@ from typing import NamedTuple
 from zinfer.aio.portable.choose import Wanted, make_backend
 from zinfer.aio.portable.descriptor import DIRECT_ALIGNMENT, MAX_ALIGNMENT, Descriptor
 from zinfer.aio.portable.file import File
-from zinfer.aio.portable.reactor import Reactor, Work
+from zinfer.aio.portable.reactor import Reactor
 from zinfer.aio.portable.request import Progress, Request, refuse_if_forked
 from zinfer.aio.portable.split import Extent, Geometry, Piece, merge, split, split_write
 from zinfer.aio.portable.threads import Bell, new_eventfd, on_engine_thread, start_thread
+from zinfer.aio.portable.work import Work
 from zinfer.errors import DriveError, OptionError
 
 MAX_DEPTH = 1024

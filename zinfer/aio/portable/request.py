@@ -18,7 +18,8 @@ from zinfer.aio.portable.threads import on_engine_thread
 from zinfer.errors import ClosedError
 
 if TYPE_CHECKING:
-    from zinfer.aio.portable.reactor import Reactor, Work
+    from zinfer.aio.portable.reactor import Reactor
+    from zinfer.aio.portable.work import Work
 
 # Seconds between looks at `done`: a waiter that is interrupted with the gate in hand delays the others, no more.
 _SLICE = 0.1
