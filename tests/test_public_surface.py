@@ -54,7 +54,7 @@ LAYERS = [
 ONLY = {
     "_version": (),
     "errors": (),
-    "pinned": (),
+    "pinned": ("errors",),
     "aio": ("errors", "pinned"),
     "weights": ("errors",),
     "plan": ("errors",),

@@ -7,9 +7,11 @@ import subprocess
 import pytest
 
 from zinfer.errors import BudgetError
-from zinfer.pinned import Pool
+from zinfer.pinned import COMPILED, Pool
 
 PAGE = 4096
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="only the compiled pool page-locks")
 
 SOURCE = r"""
 #include <cstddef>

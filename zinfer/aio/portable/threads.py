@@ -44,7 +44,9 @@ def _run(name: str, target: Callable[..., None], *arguments: Any) -> None:
     _here.marked = True
     # Signals belong to the program's own threads: one taken here would not interrupt a wait there.
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    _libc.prctl(PR_SET_NAME, name.encode())  # as `top` shows it; threading tells the kernel from Python 3.14 on
+    _libc.prctl(
+        PR_SET_NAME, name.encode()
+    )  # as `top` shows it; threading tells the kernel from Python 3.14 on
     target(*arguments)
 
 
