@@ -56,6 +56,11 @@ class Descriptor:
             if self.fd >= 0 and mode == "w" and not existed:
                 with contextlib.suppress(OSError):
                     os.unlink(path)  # made for nothing
+            if (
+                self.fd >= 0
+            ):  # now: the error's traceback holds this object, for as long as anybody holds the error
+                os.close(self.fd)
+                self.fd = -1
             raise
         if mode == "w":
             self.writing = WriteState(size)
