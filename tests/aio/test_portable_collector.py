@@ -1,10 +1,16 @@
 """The cycle collector may destroy anything on any thread at any point: nothing hangs, nothing is torn."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 
-from .conftest import run_python
+from zinfer.aio import portable
+from zinfer.aio.portable.threads import start_thread
+
+from . import scripted
+from .conftest import Memory, run_python
 
 DEADLINE = 120.0
 
@@ -88,6 +94,41 @@ def test_requests_files_and_engines_die_in_cycles_while_others_work(words, tmp_p
     finally:
         process.kill()
     assert process.returncode == 0, errors
+
+
+class HeldBackend(scripted.ScriptedBackend):
+    """Completes nothing until it is told to."""
+
+    def __init__(self, bell):
+        super().__init__((), bell)
+        self.let_go = threading.Event()
+
+    def take_due(self):
+        return super().take_due() if self.let_go.is_set() else []
+
+
+def test_a_request_that_dies_on_an_engines_own_thread_drains_without_it(words, monkeypatch):
+    backends = []
+
+    def make_held(wanted, bell, fallbacks):
+        backends.append(HeldBackend(bell))
+        return backends[0]
+
+    monkeypatch.setattr(scripted.engine, "make_backend", make_held)
+    engine, file, memory = portable.Engine(), portable.File(words[0]), Memory(4096)
+    memory.request = engine.read([(file, 0, 4096, memory.address, False)], memory)
+    watch, requests = weakref.ref(memory), [memory.request]
+    memory.request = memory = None
+    collecting = start_thread("zinfer-test", requests.clear)  # what waits for the engine there waits for ever
+    collecting.join(20)
+    assert not collecting.is_alive()
+    gc.collect()
+    assert watch() is not None  # the engine holds it until nothing writes to it any more
+    backends[0].let_go.set()
+    engine.close()
+    gc.collect()
+    assert watch() is None
+    engine.check_integrity()
 
 
 @pytest.mark.parametrize("times", [1, 3])
