@@ -19,6 +19,9 @@ lint: build
 
 build: $(VENV)/.built
 
+# A build that fails is an error here: the tests would be those of the portable code, and green.
+$(VENV)/.built: export ZINFER_REQUIRE_BUILD = 1
+
 # torch first, pinned: any other way of asking for it may pull gigabytes of CUDA.
 $(VENV)/.torch: constraints.txt
 	PYTHON="$(PYTHON)" scripts/system-packages

@@ -55,7 +55,7 @@ LAYERS = [
 ONLY = {
     "_version": (),
     "errors": (),
-    "pinned": (),
+    "pinned": ("errors",),
     "aio": ("errors", "pinned"),
     "aio_bench": ("errors", "pinned", "aio"),
     "weights": ("errors",),

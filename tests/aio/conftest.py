@@ -1,4 +1,8 @@
-"""Files whose every 8-byte word holds its own offset, buffers with canaries, engines checked at the end."""
+"""Files whose every 8-byte word holds its own offset, buffers with canaries, engines checked at the end.
+
+Every test of a module that names `Engine` or `File` runs with the compiled classes of that name and with the
+portable ones: two implementations that share no code and must do the same.
+"""
 
 import ctypes
 import mmap
@@ -11,8 +15,12 @@ import numpy
 import pytest
 
 import zinfer
-from zinfer.aio import Engine, File
+import zinfer.aio
+from zinfer.aio import Engine, File, portable
+from zinfer.aio.portable import split
 from zinfer.errors import OptionError
+
+from . import scripted
 
 DEADLINE = 20.0
 CANARY = 0xA5
@@ -65,6 +73,41 @@ def words(make_file):
     return make_file(length), word_bytes(length)
 
 
+if zinfer.aio.COMPILED:
+    from zinfer.aio._native import _split
+else:
+    _split = split.split_rows
+
+COMPILED = pytest.param(
+    "compiled", marks=pytest.mark.skipif(not zinfer.aio.COMPILED, reason=zinfer.aio.PORTABLE_REASON)
+)
+
+
+def pytest_generate_tests(metafunc):
+    """Both implementations, for the tests of modules that use either."""
+    if any(hasattr(metafunc.module, name) for name in ("Engine", "File", "_split")):
+        metafunc.parametrize("implementation", [COMPILED, "portable"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def implementation(request, monkeypatch):
+    """ "compiled" or "portable": whose classes the names of the test's module stand for; "" for those without."""
+    chosen = getattr(request, "param", "")
+    if chosen != "portable":
+        return chosen
+    if "io_uring" in [request.node.callspec.params.get(name) for name in ("backend", "other")]:
+        pytest.skip("io_uring needs the compiled module")
+    monkeypatch.setattr(scripted.engine, "make_backend", scripted.make_backend)
+    theirs = {"Engine": portable.Engine, "File": portable.File, "_split": split.split_rows}
+    for module in (request.module, sys.modules[__name__]):
+        for name, value in theirs.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    # What run_python starts: the same implementation, the same scripted backend.
+    monkeypatch.setenv("ZINFER_PORTABLE", "1")
+    return chosen
+
+
 def needs(backend: str) -> pytest.MarkDecorator:
     """Skips where `backend` does not work, saying why."""
     try:
@@ -112,6 +155,8 @@ def read(engine: Engine, file: File, offset: int, length: int, memory: Memory, s
 def run_python(code: str, *arguments: str, **options) -> subprocess.Popen:
     root = str(Path(zinfer.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
+    if os.environ.get("ZINFER_PORTABLE") == "1":
+        code = f"from tests.aio import scripted\nscripted.install()\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=environment,

@@ -71,12 +71,15 @@ def test_a_request_holds_its_keepalive_and_no_longer(make_engine, file):
     assert watch() is None
 
 
-def test_a_keepalive_that_holds_its_request_is_collected(make_engine, file):
+def test_a_keepalive_that_holds_its_request_is_collected(make_engine, file, implementation):
     engine, memory = slow_engine(make_engine), Memory(100)
     memory.request = read(engine, file, 0, 100, memory)
     watch = weakref.ref(memory)
     del memory
     gc.collect()
+    if implementation == "portable":  # its engine holds the keepalive of what is in flight
+        assert read(engine, file, 0, 100, Memory(100)).wait(DEADLINE)
+        gc.collect()
     assert watch() is None
     engine.check_integrity()
 
@@ -128,15 +131,15 @@ def test_a_request_outlives_the_names_of_its_engine_and_file(words):
 
 
 def test_a_file_closed_in_flight_is_read_to_the_end_and_then_closed(make_engine, words):
-    before = len(os.listdir("/proc/self/fd"))
-    engine, file, memory = slow_engine(make_engine), File(words[0]), Memory(10 * BLOCK)
+    engine, before = slow_engine(make_engine), len(os.listdir("/proc/self/fd"))
+    file, memory = File(words[0]), Memory(10 * BLOCK)
     request = read(engine, file, 0, 10 * BLOCK, memory)
     file.close()
     with pytest.raises(ClosedError):
         read(engine, file, 0, 1, memory)
     assert request.wait(DEADLINE)
     assert memory.bytes_at(0, 10 * BLOCK) == words[1][: 10 * BLOCK]
-    assert len(os.listdir("/proc/self/fd")) == before + 1  # the engine's eventfd
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_close_finishes_what_was_accepted_and_refuses_more(make_engine, file, words):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zinfer.aio._native import _split
+from .conftest import _split
 
 BLOCK, SLOT = 16384, 8192
 

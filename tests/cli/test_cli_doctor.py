@@ -102,6 +102,24 @@ def test_each_shortfall_has_its_remedy(found, topic, level, remedy):
     assert remedy in as_text(judge(found))
 
 
+def test_portable_code_is_a_note_that_says_why_and_how_to_build():
+    missing = of("backends", used="libaio", portable_reason="No module named 'zinfer.aio._native'")
+    [finding] = unwell(missing)
+    assert (finding.topic, finding.level) == ("engine", NOTE)
+    assert "zinfer.aio._native" in finding.text and "install g++" in finding.remedy
+    [finding] = unwell(of("backends", used="libaio", portable_reason="ZINFER_PORTABLE=1 is set"))
+    assert finding.remedy == "unset ZINFER_PORTABLE"
+
+
+def test_portable_code_without_libaio_names_the_package():
+    reasons = (
+        ("io_uring", "it needs zinfer's compiled module"),
+        ("libaio", "libaio is not installed (no such file)"),
+    )
+    found = of("backends", used="threads", fallbacks=reasons, portable_reason="it was not built")
+    assert ["libaio1t64" in finding.remedy for finding in unwell(found)] == [False, True]
+
+
 def test_locked_memory_matters_with_a_gpu_or_on_old_kernels():
     with_gpu = replace(HEALTHY, cuda_devices=("a GPU",))
     assert {"page locking", "memlock limit", "devices"} == {finding.topic for finding in unwell(with_gpu)}

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from zinfer.errors import OptionError
-from zinfer.pinned import Pool
+from zinfer.pinned import COMPILED, Pool
 from zinfer.pinned.numa import node_for, online_nodes
 
+COMPILED_ONLY = True
+pytestmark = pytest.mark.skipif(not COMPILED, reason="only the compiled pool binds to nodes")
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}.get(platform.machine())

@@ -7,10 +7,13 @@ import subprocess
 import pytest
 
 from zinfer.errors import BudgetError
-from zinfer.pinned import Pool
+from zinfer.pinned import COMPILED, Pool
 
 PAGE = 4096
 SLAB = 2 << 20
+
+COMPILED_ONLY = True
+pytestmark = pytest.mark.skipif(not COMPILED, reason="only the compiled pool page-locks")
 
 SOURCE = r"""
 #include <cstddef>

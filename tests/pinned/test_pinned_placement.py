@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from zinfer.pinned import Pool
+from zinfer.pinned import Pool, portable
 
 PAGE = 4096
 
@@ -30,10 +30,11 @@ class AnyUse(RuleBasedStateMachine):
     """Acquires and releases in any order; every region is filled with its own number."""
 
     PAGES = 24
+    POOL = Pool
 
     def __init__(self):
         super().__init__()
-        self.pool = pool_of(self.PAGES)
+        self.pool = self.POOL(self.PAGES * PAGE, page_lock="off", huge_pages=False, touch_threads=1)
         self.held = {}
         self.serial = 0
 
@@ -68,6 +69,16 @@ class AnyUse(RuleBasedStateMachine):
 
 TestAnyUse = AnyUse.TestCase
 TestAnyUse.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+class AnyUseOfThePortablePool(AnyUse):
+    """The same with the pool in Python."""
+
+    POOL = portable.Pool
+
+
+TestAnyUseOfThePortablePool = AnyUseOfThePortablePool.TestCase
+TestAnyUseOfThePortablePool.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)
 
 
 def test_a_long_random_run_keeps_every_canary():

@@ -20,10 +20,33 @@ land in the order in which they were submitted.
 
 Whatever the engine settled for is visible: `Engine.backend` and `Engine.fallbacks`, `File.direct` and
 `File.direct_reason`.
+
+`COMPILED` tells whether these are the compiled module's classes. Where it could not be built, or with
+ZINFER_PORTABLE=1 in the environment, they are those of `zinfer.aio.portable`: the same interface and the same
+promises in Python code, without io_uring; `PORTABLE_REASON` then says why, and is "" otherwise.
 """
 
 from __future__ import annotations
 
-from zinfer.aio._native import Engine, File, Request
+from typing import TYPE_CHECKING
 
-__all__ = ["Engine", "File", "Request"]
+from zinfer.pinned.compiled import portable_wanted, reason_of
+
+PORTABLE_REASON = ""
+if TYPE_CHECKING:
+    from zinfer.aio._native import Engine, File, Request
+elif portable_wanted():
+    from zinfer.aio.portable import Engine, File, Request
+
+    PORTABLE_REASON = reason_of(None)
+else:
+    try:
+        from zinfer.aio._native import Engine, File, Request
+    except ImportError as error:
+        from zinfer.aio.portable import Engine, File, Request
+
+        PORTABLE_REASON = reason_of(error)
+
+COMPILED: bool = not PORTABLE_REASON
+
+__all__ = ["COMPILED", "Engine", "File", "Request"]

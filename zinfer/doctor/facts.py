@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from zinfer._version import __version__
-from zinfer.aio import Engine
+from zinfer.aio import PORTABLE_REASON, Engine
 from zinfer.doctor.drive import Drive, look_at
 from zinfer.errors import BudgetError, OptionError
-from zinfer.pinned import Pool
+from zinfer.pinned import COMPILED, Pool
 from zinfer.pinned.numa import node_for, online_nodes
 from zinfer.plan.memory import free_memory, total_memory
 from zinfer.streaming import default_budget
@@ -45,11 +45,13 @@ class Backends:
     """`used` reads files; `fallbacks` are the better ones, each with the reason it is not used.
 
     `io_uring_disabled` is the sysctl: 0 open to all, 1 to a group, 2 to nobody; None in kernels without it.
+    `portable_reason` tells why Python code stands in for the compiled modules; "" where it does not.
     """
 
     used: str
     fallbacks: tuple[tuple[str, str], ...]
     io_uring_disabled: int | None
+    portable_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def _backends() -> Backends:
     finally:
         engine.close()
     setting = _text(IO_URING_DISABLED)
-    return Backends(used, fallbacks, int(setting) if setting.isdecimal() else None)
+    portable = PORTABLE_REASON or ("" if COMPILED else "zinfer.pinned._native was not built")
+    return Backends(used, fallbacks, int(setting) if setting.isdecimal() else None, portable)
 
 
 def _pages(drive: Drive) -> Pages:

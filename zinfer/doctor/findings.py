@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zinfer.doctor.drive import Drive
 from zinfer.doctor.facts import Backends, Facts, Memory, Pages, Versions
+from zinfer.pinned import compiled
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -81,6 +82,11 @@ def _versions(versions: Versions) -> Iterator[Finding]:
 
 def _backends(backends: Backends, kernel: str) -> Iterator[Finding]:
     reasons = dict(backends.fallbacks)
+    if backends.portable_reason:
+        asked_for = compiled.VARIABLE in backends.portable_reason
+        remedy = f"unset {compiled.VARIABLE}" if asked_for else compiled.REMEDY
+        yield Finding("engine", NOTE, f"portable Python code: {backends.portable_reason}", remedy)
+        reasons.pop("io_uring", None)  # for the same reason
     if backends.used == "io_uring":
         yield Finding("reads", OK, "io_uring (built with liburing; a trial read worked)")
         return
@@ -98,6 +104,10 @@ def _remedy(reason: str, backends: Backends, kernel: str) -> str:
             "apt-get install liburing-dev (dnf: liburing-devel), then build zinfer again: "
             "pip install --no-deps --force-reinstall ."
         )
+    if "libaio is not installed" in reason:
+        return "apt-get install libaio1t64 (libaio1 before Debian 13 and Ubuntu 24.04), or dnf install libaio"
+    if "needs cffi" in reason:
+        return "pip install cffi"
     if "aio-max-nr" in reason:
         return "as root: sysctl -w fs.aio-max-nr=1048576, or end programs that hold AIO contexts"
     if backends.io_uring_disabled:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from zinfer.pinned._native import online_nodes
+from zinfer.pinned import COMPILED
+
+if TYPE_CHECKING or COMPILED:
+    from zinfer.pinned._native import online_nodes
+else:
+    from zinfer.pinned.portable.numa import online_nodes
 
 __all__ = ["node_for", "online_nodes"]
 
