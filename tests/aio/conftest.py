@@ -84,8 +84,10 @@ COMPILED = pytest.param(
 
 
 def pytest_generate_tests(metafunc):
-    """Both implementations, for the tests of modules that use either."""
-    if any(hasattr(metafunc.module, name) for name in ("Engine", "File", "_split")):
+    """Both implementations, for the tests of modules that use either, but for those that are `compiled_only`."""
+    if getattr(metafunc.function, "compiled_only", False):
+        metafunc.parametrize("implementation", [COMPILED], indirect=True)
+    elif any(hasattr(metafunc.module, name) for name in ("Engine", "File", "_split")):
         metafunc.parametrize("implementation", [COMPILED, "portable"], indirect=True)
 
 
@@ -106,6 +108,12 @@ def implementation(request, monkeypatch):
     # What run_python starts: the same implementation, the same scripted backend.
     monkeypatch.setenv("ZINFER_PORTABLE", "1")
     return chosen
+
+
+def compiled_only(test):
+    """A test of what only the compiled module has."""
+    test.compiled_only = True
+    return test
 
 
 def needs(backend: str) -> pytest.MarkDecorator:

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from .conftest import needs_io_uring, needs_libaio, run_refused
+from .conftest import compiled_only, needs_io_uring, needs_libaio, run_refused
 from .seccomp import NUMBERS
 
 needs_seccomp = pytest.mark.skipif(not NUMBERS, reason="seccomp numbers of this machine unknown")
@@ -37,6 +37,7 @@ def be_nobody():
     ],
 )
 @needs_io_uring
+@compiled_only
 def test_without_io_uring_the_next_best_serves_and_says_why(words, code, says):
     run_refused(
         f"""
@@ -103,6 +104,7 @@ assert serves(Engine("threads"), file)
 @needs_seccomp
 @needs_io_uring
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EBUSY])
+@compiled_only
 def test_an_io_uring_that_takes_no_more_ends_in_an_error(words, code):
     run_refused(
         f"""

@@ -23,6 +23,11 @@ from typing import Any, NamedTuple
 
 from zinfer.errors import OptionError
 
+try:
+    import cffi
+except ImportError:  # installed without its dependencies: threads serve
+    cffi = None
+
 LIBRARIES = ("libaio.so.1", "libaio.so.1t64")
 
 # <libaio.h> for 64-bit little-endian machines, its padding written out and its unions reduced to io_iocb_common.
@@ -88,10 +93,8 @@ def load() -> tuple[Any, Any]:
         raise OptionError(
             'the libaio binding is for 64-bit little-endian machines; use backend="threads" or the compiled module'
         )
-    try:
-        import cffi
-    except ImportError as error:
-        raise OptionError(f"the libaio binding needs cffi ({error}): pip install cffi") from error
+    if cffi is None:
+        raise OptionError("the libaio binding needs cffi: pip install cffi")
     ffi = cffi.FFI()
     ffi.cdef(DECLARATIONS)
     for name, size in SIZES.items():
@@ -106,6 +109,10 @@ def load() -> tuple[Any, Any]:
             return ffi, ffi.dlopen(name)
         except OSError as error:
             failures.append(str(error))
+    if any(os.strerror(errno.EMFILE) in failure for failure in failures):
+        raise OptionError(
+            f"libaio cannot be opened ({failures[0]}): raise `ulimit -n`, or close files and engines"
+        )
     raise OptionError(
         f"libaio is not installed ({'; '.join(failures)}): apt-get install libaio1t64 (libaio1 before Debian 13 and "
         "Ubuntu 24.04), or dnf install libaio"
@@ -164,7 +171,7 @@ class Context:
     def results(self, least: int = 0, timeout: float | None = 0.0) -> list[Result]:
         """Take what has completed: waits for `least` results, `timeout` seconds at most (None: no limit).
 
-        Raises OptionError if the kernel refuses io_getevents.
+        Raises OSError if the kernel refuses io_getevents.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
@@ -176,7 +183,7 @@ class Context:
             if count >= 0:
                 return [Result(event.data, event.res) for event in self._events[0:count]]
             if count != -errno.EINTR:
-                raise OptionError(f"io_getevents: {os.strerror(-count)}{_setup_hint(-count)}")
+                raise OSError(-count, f"io_getevents: {os.strerror(-count)}{_setup_hint(-count)}")
 
     def destroy(self) -> None:
         """Cancel what can be cancelled, wait for the rest, give the context back. Idempotent."""

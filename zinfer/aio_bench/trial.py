@@ -18,6 +18,7 @@ from zinfer.pinned import Pool, Region
 
 BATCH_BYTES = 256 << 20  # of one request, at most: the less often Python is asked, the less it costs
 BATCHES = 4  # at least, in a trial
+PREPARED = 1 << 14  # blocks of a file, up to which all requests are made ready before the clock starts
 STALLED = 60.0  # seconds without one finished batch: the drive has gone
 
 
@@ -59,6 +60,23 @@ class Stream:
         except BaseException:
             self.engine.close()
             raise
+        for number in range(self._batches if blocks <= PREPARED else 0):
+            self._prepare(number)
+
+    def _prepare(self, number: int) -> list[tuple[File, int, int, int, bool]]:
+        """The extents of a batch, made once."""
+        extents = [
+            (
+                self._moved,
+                block * self._block,
+                self._block,
+                self._region.address + block % self._slots * self._block,
+                False,
+            )
+            for block in range(number * self._batch, (number + 1) * self._batch)
+        ]
+        self._extents[number] = extents
+        return extents
 
     def fill(self) -> None:
         """Submit until the queue is full."""
@@ -84,18 +102,7 @@ class Stream:
             self._file.close()
 
     def _submit(self) -> Request:
-        if self._next not in self._extents:  # made once: the second time round the file costs less
-            self._extents[self._next] = [
-                (
-                    self._moved,
-                    block * self._block,
-                    self._block,
-                    self._region.address + block % self._slots * self._block,
-                    False,
-                )
-                for block in range(self._next * self._batch, (self._next + 1) * self._batch)
-            ]
-        extents = self._extents[self._next]
+        extents = self._extents.get(self._next) or self._prepare(self._next)
         self._next = (self._next + 1) % self._batches
         move = self.engine.read if self._reading else self.engine.write
         return move(extents, self._region)

@@ -81,10 +81,17 @@ class LibaioBackend:
         self._context = Context(depth)
         self._bell_fd = bell_fd
         self._refused: list[Result] = []
+        self._in_flight: set[int] = set()
+        self._proven = False  # io_getevents has worked
+        self._broken = 0  # errno with which it no longer does; the context is gone then
 
     def submit(self, transfers: Sequence[Transfer], direct: Sequence[bool]) -> None:
         """See Backend."""
-        refused = self._context.submit(transfers, self._bell_fd)
+        if self._broken:
+            refused = [Result(transfer.token, -self._broken) for transfer in transfers]
+        else:
+            refused = self._context.submit(transfers, self._bell_fd)
+            self._in_flight |= {transfer.token for transfer in transfers} - {each.token for each in refused}
         if refused:
             self._refused += refused
             count_on(self._bell_fd)
@@ -92,7 +99,25 @@ class LibaioBackend:
     def collect(self) -> list[Result]:
         """See Backend."""
         refused, self._refused = self._refused, []
-        return refused + self._context.results()
+        if self._broken:
+            return refused
+        try:
+            results = self._context.results()
+        except OSError as error:
+            if not self._proven:  # the trial read's answer
+                raise OptionError(str(error.strerror)) from error
+            return refused + self._give_up(error.errno or errno.EIO)
+        self._proven = True
+        self._in_flight -= {each.token for each in results}
+        return refused + results
+
+    def _give_up(self, code: int) -> list[Result]:
+        """Somebody forbade the call after the trial read: what is in flight fails, and nothing more is taken."""
+        self._context.destroy()  # waits until the kernel is through with its memory
+        self._broken = code
+        failed = [Result(token, -code) for token in self._in_flight]
+        self._in_flight.clear()
+        return failed
 
     def close(self) -> None:
         """See Backend."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zinfer.aio.libaio import Transfer
 from zinfer.aio.portable.backends import Backend, LibaioBackend, MixedBackend, ThreadsBackend
+from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.aio.portable.memory import AlignedBlock, view_at
 from zinfer.aio.portable.threads import Bell
 from zinfer.errors import OptionError
@@ -106,4 +107,5 @@ def _trial_file(block: AlignedBlock) -> tuple[int, bool]:
     try:
         return os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC), False
     except OSError as error:
-        raise OptionError(f"no file for a trial read: {error.strerror}") from error
+        what = f"no file for a trial read: {error.strerror}{descriptor_remedy(error.errno)}"
+        raise OptionError(what) from error

@@ -10,6 +10,7 @@ import os
 import stat
 from typing import Literal, NoReturn
 
+from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.aio.portable.memory import AlignedBlock, view_at
 from zinfer.aio.portable.write_state import WriteState
 from zinfer.errors import DriveError
@@ -278,7 +279,8 @@ class Descriptor:
 
     def _cannot_open(self, error: OSError, remedy: str) -> NoReturn:
         purpose = "writing" if self.mode == "w" else "reading"
-        message = f"{self.path}: cannot open for {purpose}: {error.strerror}; {remedy}"
+        what_to_do = descriptor_remedy(error.errno) or f"; {remedy}"
+        message = f"{self.path}: cannot open for {purpose}: {error.strerror}{what_to_do}"
         raise DriveError(message, self.path, 0, 0, error.errno or 0, "open")
 
     def _failed(self, call: str, error: OSError, how: str, remedy: str, length: int) -> DriveError:

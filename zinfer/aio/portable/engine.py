@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import weakref
@@ -11,7 +10,8 @@ from typing import NamedTuple
 
 from zinfer.aio.portable.choose import Wanted, make_backend
 from zinfer.aio.portable.descriptor import DIRECT_ALIGNMENT, MAX_ALIGNMENT, Descriptor
-from zinfer.aio.portable.file import File
+from zinfer.aio.portable.file import File, index_of
+from zinfer.aio.portable.memory import is_mapped
 from zinfer.aio.portable.reactor import Reactor
 from zinfer.aio.portable.request import Progress, Request, refuse_if_forked
 from zinfer.aio.portable.split import Extent, Geometry, Piece, merge, split, split_write
@@ -24,6 +24,7 @@ MAX_WORKERS = 256
 BLOCK_BYTES = (DIRECT_ALIGNMENT, 1 << 30)
 SLOT_BYTES = (8 << 10, 4 << 20)
 LARGEST = 2**63 - 1  # of offsets, lengths and addresses: off_t
+LOOKED_AT = 1 << 36  # bytes of an extent; its end is looked at from there on
 
 
 class MemoryExtent(NamedTuple):
@@ -260,6 +261,9 @@ class Engine:
             raise _bad_extent(extent, "the address must be positive")
         if extent.length and extent.length > LARGEST - extent.address:
             raise _bad_extent(extent, "the memory wraps around the address space")
+        # Before it is cut into more pieces than memory holds.
+        if extent.length > LOOKED_AT and not is_mapped(extent.address + extent.length - 1):
+            raise _bad_extent(extent, "there is no memory at the end of the range")
 
 
 def _end(reactor: Reactor, thread: threading.Thread, owner: int) -> None:
@@ -273,7 +277,7 @@ def _end(reactor: Reactor, thread: threading.Thread, owner: int) -> None:
 
 
 def _in_range(name: str, value: int, least: int, most: int) -> int:
-    number = operator.index(value)
+    number = index_of(name, value)
     if least <= number <= most:
         return number
     raise OptionError(f"{name} must be between {least} and {most}, not {number}")
@@ -285,9 +289,9 @@ def _parsed(row: tuple[File, int, int, int, bool]) -> MemoryExtent:
     file, *numbers, slack = row
     if not isinstance(file, File):
         raise TypeError(f"an extent's first item is a File of this engine's kind, not {type(file).__name__}")
-    offset, length, address = (operator.index(number) for number in numbers)
-    if max(offset, length, address) > LARGEST or min(offset, length, address) < -LARGEST:
-        raise OverflowError(f"{file.path}: an extent's numbers must fit 64 bits")
+    offset, length, address = (
+        index_of(name, number) for name, number in zip(("offset", "length", "address"), numbers, strict=True)
+    )
     return MemoryExtent(file, offset, length, address, bool(slack))
 
 

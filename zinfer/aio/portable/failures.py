@@ -9,6 +9,15 @@ from typing import NamedTuple
 from zinfer.errors import DriveError
 
 
+def descriptor_remedy(code: int | None) -> str:
+    """What to do about errno `code` where it says that there are no more descriptors, else ""."""
+    if code == errno.EMFILE:
+        return "; raise `ulimit -n`, or close files and engines"
+    if code == errno.ENFILE:
+        return "; raise `sysctl fs.file-max`, or close other programs"
+    return ""
+
+
 class Failure(NamedTuple):
     """The arguments of a DriveError. A request keeps this: each `wait` raises an exception of its own."""
 
@@ -61,6 +70,8 @@ def _remedy(code: int, writing: bool, direct: bool) -> str:
         return f"the kernel has no memory for the {what}: lower depth or block_bytes, or free memory"
     if code == errno.ECANCELED:
         return f"submit the {what} again if the bytes are still wanted"
+    if code in (errno.EPERM, errno.ENOSYS):
+        return 'the kernel, or a container\'s seccomp profile, refuses such calls: use backend="threads"'
     if code in (errno.ENOSPC, errno.EDQUOT):
         return (
             "the drive, or its quota, is full: free space or choose another folder, then write the file again"

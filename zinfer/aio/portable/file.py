@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import SupportsIndex
 
 from zinfer.aio.portable.descriptor import Descriptor, Direct, Identity, Mode
 from zinfer.errors import ClosedError, OptionError
@@ -26,7 +27,7 @@ class File:
             raise OptionError(f'mode must be "r" or "w", not "{mode}"')
         if size is not None and mode == "r":
             raise OptionError('size has an effect only with mode="w"')
-        nbytes = 0 if size is None else operator.index(size)
+        nbytes = 0 if size is None else index_of("size", size)
         if nbytes < 0:
             raise OptionError(f"size must not be negative, but is {nbytes}")
         descriptor = Descriptor(path, mode, nbytes, direct)
@@ -105,3 +106,11 @@ class File:
             return self._open[0]
         except IndexError:
             raise ClosedError(f"{self._path}: the file was closed; open it again to use it") from None
+
+
+def index_of(name: str, value: SupportsIndex) -> int:
+    """`value` as an integer. Raises OptionError for one that does not fit in 64 bits, TypeError for what is none."""
+    number = operator.index(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise OptionError(f"{name} must fit in 64 bits, which {number} does not")
+    return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+_libc = ctypes.CDLL(None)
 _WRITABLE = 0x200  # PyBUF_WRITE
 _from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _from_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -25,6 +26,13 @@ def copy(to: int, source: int, length: int) -> None:
 def clear(address: int, length: int) -> None:
     """Zero `length` bytes."""
     ctypes.memset(address, 0, length)
+
+
+def is_mapped(address: int) -> bool:
+    """Whether there is memory at `address`."""
+    resident = ctypes.c_ubyte()
+    page = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return not _libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(resident))
 
 
 class AlignedBlock:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.errors import OptionError
 
 PR_SET_NAME = 15
@@ -87,7 +88,7 @@ def new_eventfd() -> int:
     try:
         return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     except OSError as error:
-        raise OptionError(f"eventfd: {error.strerror}; raise `ulimit -n` or close engines") from error
+        raise OptionError(f"eventfd: {error.strerror}{descriptor_remedy(error.errno)}") from error
 
 
 def count_on(fd: int) -> None:
