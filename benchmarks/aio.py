@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from benchmarks.neighbours import wait_until_quiet
 from benchmarks.report import Requirement, Result, Spread, conclude, main_of, table
 from zinfer.aio import Engine
 from zinfer.aio_bench import READ, Setting, Target, made_targets
-from zinfer.aio_bench.fio import Comparison, compare
+from zinfer.aio_bench.fio import Comparison, compare, require_fio
 from zinfer.aio_bench.measurement import Trial
 from zinfer.aio_bench.memory import hold, pool_of
 from zinfer.aio_bench.settings import DIRECTIONS, Backend
@@ -163,6 +164,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     drive, load = drive_of(options.folder), os.getloadavg()[0]
     quiet = wait_until_quiet(drive, options.patience)
+    peers = subprocess.run(
+        [require_fio(), "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     comparisons: list[Comparison] = []
     handles: dict[str, tuple[HandleSetting, list[tuple[Trial, Trial]]]] = {}
     with made_targets([options.folder], parse_size(options.size)) as [target]:
@@ -173,6 +177,7 @@ def main(arguments: Sequence[str]) -> int:
                 )
         if options.deepspeed_python:
             with AioHandle(options.deepspeed_python) as handle:
+                peers += f", deepspeed {handle.version}"
                 for direction in DIRECTIONS:
                     _say(f"{direction} beside aio_handle")
                     handles[direction] = beside_aio_handle(
@@ -181,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     body = (
         f"One file of {options.size}, O_DIRECT, {options.rounds} rounds of {options.seconds:g} s, the tools in "
         f"turns. Beside fio: sequential, the same block and depth, into as much memory as fio uses, both on huge "
-        f"pages.{'' if quiet else ' The machine was NOT quiet.'}\n\n{fio_rows(comparisons)}"
+        f"pages. {peers}.{'' if quiet else ' The machine was NOT quiet.'}\n\n{fio_rows(comparisons)}"
     )
     if handles:
         body += (

@@ -35,7 +35,7 @@ class HandleSetting:
 
 
 class AioHandle(AbstractContextManager["AioHandle"]):
-    """The worker process. Ended, and waited for, on exit. Raises BenchmarkError when it fails."""
+    """The worker process; `version` is deepspeed's. Ended, and waited for, on exit. Raises BenchmarkError when it fails."""
 
     def __init__(self, python: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
@@ -50,7 +50,7 @@ class AioHandle(AbstractContextManager["AioHandle"]):
             env={**os.environ, "PATH": path},
         )
         try:
-            self._answer()
+            self.version = str(self._answer()["version"])
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -36,11 +36,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print is not an answer
     import torch
+    from deepspeed import __version__
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     library = AsyncIOBuilder().load(verbose=False)
     handle = tensor = path = size = None
-    answers.write(json.dumps({"ready": True}) + "\n")
+    answers.write(json.dumps({"version": __version__}) + "\n")
     for line in sys.stdin:
         asked = json.loads(line)
         if "path" in asked:

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 STAND_IN = """#!{python}
 import json, os, sys, time
-print(json.dumps({{"ready": True}}), flush=True)
+print(json.dumps({{"version": "0"}}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if "path" in asked:
