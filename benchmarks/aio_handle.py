@@ -35,7 +35,10 @@ class HandleSetting:
 
 
 class AioHandle(AbstractContextManager["AioHandle"]):
-    """The worker process; `version` is deepspeed's. Ended, and waited for, on exit. Raises BenchmarkError when it fails."""
+    """The worker process; `version` is deepspeed's. Ended, and waited for, on exit.
+
+    Raises BenchmarkError when it fails.
+    """
 
     def __init__(self, python: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
