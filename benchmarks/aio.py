@@ -18,11 +18,12 @@ from benchmarks.huge_pages import reserved
 from benchmarks.neighbours import wait_until_quiet
 from benchmarks.report import Requirement, Result, Spread, conclude, main_of, table
 from zinfer.aio import Engine
+from zinfer.aio.profile import Backend
 from zinfer.aio_bench import READ, Setting, Target, made_targets
 from zinfer.aio_bench.fio import Comparison, compare, require_fio
 from zinfer.aio_bench.measurement import Trial
 from zinfer.aio_bench.memory import hold, pool_of
-from zinfer.aio_bench.settings import DIRECTIONS, Backend
+from zinfer.aio_bench.settings import DIRECTIONS
 from zinfer.aio_bench.table import size_text
 from zinfer.plan.memory import parse_size
 

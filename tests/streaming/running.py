@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import signal
 from typing import Any
 
 import torch
@@ -47,3 +50,31 @@ def window_in_use(model: Any) -> int:
     """Bytes of the window in regions."""
     window = model.zinfer._streaming.coordinator.device.window
     return 0 if window is None else window.in_use
+
+
+def survive_interrupts(model: Any, expected: list[list[int]]) -> None:
+    """Interrupt `model` at sixty moments, keep the errors, and have it generate `expected` afterwards."""
+    chooser = random.Random(7)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    callbacks = gc.callbacks[:]
+    gc.callbacks.clear()  # an interrupt in one, such as hypothesis's, is lost, and its frames are kept
+    try:
+        kept = []
+        for _ in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0005, 0.02))
+                tokens(model, count=40)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        assert len(kept) > 30
+        assert tokens(model) == expected
+        check_device(model)
+    finally:
+        gc.callbacks.extend(callbacks)
+        signal.signal(signal.SIGALRM, previous)

@@ -17,7 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from running import DEADLINE, IDS, check_device, run_tightly, tokens, window_in_use
+from running import (
+    DEADLINE,
+    IDS,
+    check_device,
+    run_tightly,
+    survive_interrupts,
+    tokens,
+    window_in_use,
+)
 from surgery import SHARD
 
 from tests import architectures
@@ -286,31 +294,8 @@ def test_ctrl_c_surfaces_and_the_model_works_on(delay, after, end, llama):
 def test_an_interrupt_at_any_moment_leaves_a_model_that_works(llama):
     """Signals in quick succession, whatever runs when they arrive; the error that is kept keeps no weight."""
     folder, expected = llama
-    chooser = random.Random(7)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    callbacks = gc.callbacks[:]
-    gc.callbacks.clear()  # an interrupt in one, such as hypothesis's, is lost, and its frames are kept
-    try:
-        with run_tightly(folder) as model:
-            kept = []
-            for _ in range(60):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0005, 0.02))
-                    tokens(model, count=40)
-                except KeyboardInterrupt as error:
-                    kept.append(error)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            assert len(kept) > 30
-            assert tokens(model) == expected
-            check_device(model)
-    finally:
-        gc.callbacks.extend(callbacks)
-        signal.signal(signal.SIGALRM, previous)
+    with run_tightly(folder) as model:
+        survive_interrupts(model, expected)
 
 
 # Threads

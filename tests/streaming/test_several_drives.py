@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from running import DEADLINE, IDS, check_device, run_tightly, tokens, window_in_use
+from running import (
+    DEADLINE,
+    IDS,
+    check_device,
+    run_tightly,
+    survive_interrupts,
+    tokens,
+    window_in_use,
+)
 from surgery import SHARD
 
 import zinfer
@@ -293,31 +299,8 @@ def test_random_faults_of_both_drives_never_give_a_wrong_token(saved, drives, sc
 
 def test_an_interrupt_at_any_moment_leaves_a_model_that_works(saved, drives):
     expected = tokens(architectures.build("llama"))
-    chooser = random.Random(7)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    callbacks = gc.callbacks[:]
-    gc.callbacks.clear()  # an interrupt in one, such as hypothesis's, is lost, and its frames are kept
-    try:
-        with run_tightly(saved("llama"), nvme_path=drives) as model:
-            kept = []
-            for _ in range(60):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.0005, 0.02))
-                    tokens(model, count=40)
-                except KeyboardInterrupt as error:
-                    kept.append(error)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            assert len(kept) > 30
-            assert tokens(model) == expected
-            check_device(model)
-    finally:
-        gc.callbacks.extend(callbacks)
-        signal.signal(signal.SIGALRM, previous)
+    with run_tightly(saved("llama"), nvme_path=drives) as model:
+        survive_interrupts(model, expected)
 
 
 @pytest.mark.parametrize("number", [0, 1])

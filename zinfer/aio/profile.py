@@ -12,13 +12,15 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from zinfer.aio.block_device import BlockDevice
 
 logger = logging.getLogger("zinfer")
 
 SCHEMA = 1
-BACKENDS = ("io_uring", "libaio", "threads")
+Backend = Literal["io_uring", "libaio", "threads"]
+BACKENDS: tuple[Backend, ...] = ("io_uring", "libaio", "threads")  # as the engine prefers them
 MAX_DEPTH = 1024
 MAX_BLOCK_BYTES = 1 << 30
 MAX_WORKERS = 256
@@ -28,7 +30,7 @@ MAX_WORKERS = 256
 class Profile:
     """The setting that reads a drive best. Rates in bytes a second; None for what was not measured."""
 
-    backend: str
+    backend: Backend
     block_bytes: int
     depth: int
     workers: int

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zinfer.aio_bench.settings import BACKENDS, Setting
+from zinfer.aio.profile import BACKENDS
+from zinfer.aio_bench.settings import Setting
 
 LEAST_DEPTH = 4  # with fewer in flight, whatever delays the submitting thread leaves the drive idle
 # Of the fastest: nearer ones swap places from run to run, and a shorter queue serves urgent reads sooner.

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
+from zinfer.aio.profile import MAX_BLOCK_BYTES, MAX_DEPTH, MAX_WORKERS, Backend
 from zinfer.errors import OptionError
 
 READ, WRITE = "read", "write"
 DIRECTIONS = (READ, WRITE)
-Backend = Literal["io_uring", "libaio", "threads"]
-BACKENDS: tuple[Backend, ...] = ("io_uring", "libaio", "threads")  # as the engine prefers them
 BLOCKS = (256 << 10, 1 << 20, 4 << 20)  # bytes
 DEPTHS = (1, 4, 8, 32)
 THREADS = (1, 2, 4, 8)
 PAGE = 4096  # bytes; what O_DIRECT asks of a block
-MAX_BLOCK = 1 << 30
-MAX_DEPTH = 1024
-MAX_THREADS = 256
 MAX_IN_FLIGHT = 512 << 20  # bytes of memory that one setting may take; a sweep leaves out what takes more
 ROUNDS = 5
 SECONDS = 50.0  # of measuring; a minute with what is around it
@@ -89,12 +84,12 @@ def make_plan(
     or when nothing is left.
     """
     for block in blocks:
-        if block % PAGE or not PAGE <= block <= MAX_BLOCK or block & (block - 1):
+        if block % PAGE or not PAGE <= block <= MAX_BLOCK_BYTES or block & (block - 1):
             raise OptionError(
-                f"a block of {block} bytes: choose a power of two from {PAGE} bytes to {MAX_BLOCK >> 30} GiB"
+                f"a block of {block} bytes: choose a power of two from {PAGE} bytes to {MAX_BLOCK_BYTES >> 30} GiB"
             )
     _check("depth", depths, MAX_DEPTH)
-    _check("threads", threads, MAX_THREADS)
+    _check("threads", threads, MAX_WORKERS)
     _check("rounds", [rounds], 1000)
     if not 0 < seconds <= 86400:
         raise OptionError(f"seconds is {seconds}; choose up to 86400")

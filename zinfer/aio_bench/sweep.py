@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from zinfer.aio import Engine
+from zinfer.aio.profile import BACKENDS, Backend
 from zinfer.aio_bench.measurement import Measurement, Trial
 from zinfer.aio_bench.memory import pool_of
-from zinfer.aio_bench.settings import BACKENDS, WRITE, Backend, Plan, Setting
+from zinfer.aio_bench.settings import WRITE, Plan, Setting
 from zinfer.aio_bench.target import Target
 from zinfer.aio_bench.trial import run_trial
 from zinfer.errors import OptionError

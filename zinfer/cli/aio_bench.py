@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from zinfer import aio_bench
 from zinfer._version import __version__
-from zinfer.aio.profile import Profile, save_profile
+from zinfer.aio.profile import BACKENDS, Profile, save_profile
 from zinfer.aio_bench import READ, WRITE, Measurement, Plan, Setting, Target, choose, make_plan
 from zinfer.aio_bench import fio as fio_module
 from zinfer.aio_bench import plot as plot_module
-from zinfer.aio_bench.settings import BACKENDS, BLOCKS, DEPTHS, DIRECTIONS, ROUNDS, SECONDS, THREADS
+from zinfer.aio_bench.settings import BLOCKS, DEPTHS, DIRECTIONS, ROUNDS, SECONDS, THREADS
 from zinfer.aio_bench.sweep import sweep, usable_backends
 from zinfer.aio_bench.table import compared_table, measured_table, size_text
 from zinfer.errors import OptionError
