@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 import zinfer
-import zinfer.aio
+import zinfer.aio.drives
 from zinfer.aio import Engine, File, portable
 from zinfer.aio.portable import split
 from zinfer.errors import OptionError
@@ -100,8 +100,13 @@ def implementation(request, monkeypatch):
     if "io_uring" in [request.node.callspec.params.get(name) for name in ("backend", "other")]:
         pytest.skip("io_uring needs the compiled module")
     monkeypatch.setattr(scripted.engine, "make_backend", scripted.make_backend)
-    theirs = {"Engine": portable.Engine, "File": portable.File, "_split": split.split_rows}
-    for module in (request.module, sys.modules[__name__]):
+    theirs = {
+        "Engine": portable.Engine,
+        "File": portable.File,
+        "Request": portable.Request,
+        "_split": split.split_rows,
+    }
+    for module in (request.module, sys.modules[__name__], zinfer.aio.drives):
         for name, value in theirs.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

@@ -107,7 +107,9 @@ class LibaioBackend:
             if not self._proven:  # the trial read's answer
                 raise OptionError(str(error.strerror)) from error
             return refused + self._give_up(error.errno or errno.EIO)
-        self._proven = True
+        self._proven = self._proven or bool(
+            results
+        )  # without results the library may not have asked the kernel
         self._in_flight -= {each.token for each in results}
         return refused + results
 
