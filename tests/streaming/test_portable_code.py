@@ -34,9 +34,9 @@ with model, torch.no_grad():
     assert torch.equal(reference.generate(ids, **settings), model.generate(ids, **settings))
     report = model.zinfer.report()
     device = model.zinfer._streaming.coordinator.device
-    assert type(device.engine).__module__ == "zinfer.aio.portable.engine"
+    assert type(device.drives._engines[0][1]).__module__ == "zinfer.aio.portable.engine"
     assert report.bytes_read > report.model_bytes, "nothing was streamed: the test proves nothing"
-    device.engine.check_integrity()
+    device.drives.check_integrity()
     device.window.check_integrity()
 del model, device
 gc.collect()

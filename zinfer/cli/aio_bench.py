@@ -148,6 +148,8 @@ def _size(wanted: str | None, folders: Sequence[str]) -> int:
 def _measure(arguments: argparse.Namespace, targets: list[Target]) -> Outcome:
     reader = targets[0].reader()
     reader.close()
+    if arguments.save and (READ not in _directions(arguments) or not reader.direct):
+        raise OptionError("--save has no effect: a profile is of direct reads, and none would be measured")
     usable, refused = usable_backends(arguments.backend or BACKENDS, direct=reader.direct)
     if arguments.backend and refused:
         raise OptionError("; ".join(refused.values()))
@@ -204,8 +206,6 @@ def _progress(plan: Plan) -> Iterator[Callable[[str], None]]:
 
 def _to_be_saved(arguments: argparse.Namespace, outcome: Outcome) -> bool:
     if arguments.save is not None:
-        if arguments.save and (READ not in outcome.best or not outcome.direct):
-            raise OptionError("--save has no effect: a profile is of direct reads, and none were measured")
         return bool(arguments.save)
     narrowed = [name for name in ("block", "depth", "threads", "backend") if getattr(arguments, name)]
     if narrowed:
