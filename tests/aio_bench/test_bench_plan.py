@@ -92,6 +92,12 @@ def test_a_depth_of_one_is_best_only_where_nothing_else_is_as_fast():
     assert choose([measured(0.5e9, depth=4), shallow]) is shallow
 
 
+def test_a_queue_that_is_empty_in_no_time_is_best_only_where_nothing_else_is_as_fast():
+    short, long = measured(4e9, depth=4), measured(4e9, block=4 * MIB, depth=4)
+    assert choose([short, long]) is long
+    assert choose([short, measured(3e9, block=4 * MIB, depth=4)]) is short
+
+
 def test_of_the_same_shape_the_one_that_takes_less_cpu_is_best_then_io_uring():
     lean = measured(1e9, backend="libaio", cpu=0.005)
     assert choose([measured(1e9), lean]) is lean
