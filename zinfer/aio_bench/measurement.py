@@ -94,7 +94,8 @@ def choose(measurements: Iterable[Measurement]) -> Measurement:
     """Of those within 5 % of the fastest, the one with the fewest bytes in flight, then the least CPU.
 
     A depth below LEAST_DEPTH, or a queue that the drive empties within SLACK, is chosen only where no other setting
-    is as good: what is measured here on an idle machine must hold beside a computing model. Raises ValueError for no measurements.
+    is as good: what is measured here on an idle machine must hold beside a computing model. Raises ValueError for no
+    measurements.
     """
     candidates = list(measurements)
     if not candidates:
