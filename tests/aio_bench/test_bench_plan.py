@@ -9,7 +9,7 @@ import pytest
 from zinfer.aio.block_device import BlockDevice
 from zinfer.aio_bench.fio import fio_command, free_huge_bytes, parse_fio
 from zinfer.aio_bench.measurement import Measurement, Trial, choose, percentile
-from zinfer.aio_bench.settings import MAX_IN_FLIGHT, Setting, make_plan
+from zinfer.aio_bench.settings import MAX_IN_FLIGHT, MAX_WRITTEN, Setting, make_plan
 from zinfer.aio_bench.table import columns, measured_table, size_text
 from zinfer.aio_bench.target import Target
 from zinfer.errors import OptionError, ZinferError
@@ -44,9 +44,20 @@ def test_every_setting_is_measured_once_a_round_in_changing_order():
     ]
 
 
-def test_the_writes_of_a_sweep_are_at_most_eight_times_the_file():
-    plan = make_plan(backends=["io_uring", "libaio"], size=64 * MIB)
-    assert plan.write_bytes * len(plan.settings) * plan.rounds <= 8 * 64 * MIB
+def test_the_writes_of_a_sweep_stay_within_their_allowance_and_fill_every_queue():
+    plan = make_plan(backends=["io_uring", "libaio", "threads"], size=2 << 30)
+    assert sum(plan.allowances.values()) * plan.rounds <= MAX_WRITTEN
+    assert all(plan.allowances[setting] >= 3 * setting.in_flight for setting in plan.settings)
+    assert sum(plan.allowances.values()) * plan.rounds > 0.95 * MAX_WRITTEN
+
+
+def test_more_writes_than_a_sweep_may_do_are_refused():
+    with pytest.raises(OptionError, match="--read"):
+        make_plan(backends=["io_uring"], size=1 << 30, blocks=[64 * MIB], depths=[1, 2, 4, 8], rounds=100)
+    reads = make_plan(
+        backends=["io_uring"], directions=["read"], size=1 << 30, blocks=[64 * MIB], depths=[8], rounds=100
+    )
+    assert not reads.allowances
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy
+import psutil
 import pytest
 
 from zinfer.aio import File
+from zinfer.aio.block_device import BlockDevice
 from zinfer.aio_bench import READ, WRITE, Setting, given_targets, made_targets, make_plan, sweep
 from zinfer.aio_bench import target as target_module
 from zinfer.aio_bench.sweep import usable_backends
-from zinfer.aio_bench.trial import run_trial
+from zinfer.aio_bench.trial import Stream, run_trial
 from zinfer.errors import DriveError, OptionError, StoreError
 from zinfer.pinned import Pool
 
@@ -55,15 +58,26 @@ def test_a_trial_counts_what_it_moves(tmp_path, direction, backend, nothing_left
     assert sum(trial.latencies.values()) * MIB >= trial.nbytes
 
 
-def test_a_trial_of_writes_ends_at_its_allowance(tmp_path):
-    setting = Setting(USABLE[0], MIB, 2)
+def written_bytes() -> int:
+    return psutil.Process().io_counters().write_bytes
+
+
+@pytest.mark.parametrize(
+    ("block", "depth", "most"), [(MIB, 2, 6), (MIB, 1, 3), (4 * MIB, 2, 40), (256 << 10, 32, 24)]
+)
+def test_a_trial_of_writes_never_writes_more_than_its_allowance(tmp_path, block, depth, most):
+    setting = Setting(USABLE[0], block, depth)
     with made_targets([str(tmp_path)], 16 * MIB) as targets:
         pool = Pool(setting.in_flight, page_lock="off")
+        before = written_bytes()
         trial = run_trial(
-            targets, setting, WRITE, pool=pool, seconds=60.0, expected_rate=1e9, most_bytes=4 * MIB
+            targets, setting, WRITE, pool=pool, seconds=60.0, expected_rate=1e9, most_bytes=most * MIB
         )
+        written = written_bytes() - before
         pool.close()
-    assert 4 * MIB <= trial.nbytes <= 32 * MIB
+    assert 0 < trial.nbytes <= written or not written  # a filesystem in memory counts nothing
+    assert sum(trial.latencies.values()) * block <= most * MIB
+    assert written <= most * MIB + MIB  # and what the filesystem notes of it
 
 
 def test_a_sweep_measures_every_setting_in_both_directions(tmp_path, nothing_left):
@@ -80,16 +94,48 @@ def test_a_sweep_measures_every_setting_in_both_directions(tmp_path, nothing_lef
     assert all(0 < item.low <= item.rate <= item.high and 0 < item.p50 <= item.p99 for item in measurements)
 
 
-def test_several_folders_are_measured_together(tmp_path, nothing_left):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
+def two_folders(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    return [str(tmp_path / name) for name in "ab"]
+
+
+def test_folders_of_one_drive_share_its_queue(tmp_path, nothing_left):
     setting = Setting(USABLE[0], MIB, 2)
-    with made_targets([str(folder) for folder in folders], 16 * MIB) as targets:
+    with made_targets(two_folders(tmp_path), 16 * MIB) as targets:
+        pool = Pool(setting.in_flight, page_lock="off")
+        trial = run_trial(targets, setting, READ, pool=pool, seconds=0.1, expected_rate=1e9)
+        pool.close()
+    assert trial.by_drive == (trial.nbytes,)
+
+
+def test_several_drives_are_measured_together_and_each_share_is_told(tmp_path, nothing_left):
+    setting = Setting(USABLE[0], MIB, 2)
+    with made_targets(two_folders(tmp_path), 16 * MIB) as made:
+        targets = [
+            replace(target, device=BlockDevice(f"drive-{i}", f"d{i}")) for i, target in enumerate(made)
+        ]
+        plan = make_plan(
+            backends=USABLE[:1], directions=[READ], size=16 * MIB, blocks=[MIB], depths=[2], seconds=0.5
+        )
         pool = Pool(2 * setting.in_flight, page_lock="off")
         trial = run_trial(targets, setting, READ, pool=pool, seconds=0.1, expected_rate=1e9)
         pool.close()
-    assert sum(trial.latencies.values()) * MIB >= trial.nbytes > 0
+        (found, *_) = sweep(targets, plan)
+    assert len(trial.by_drive) == 2 and sum(trial.by_drive) == trial.nbytes
+    assert len(found.shares) == 2 and sum(found.shares) == pytest.approx(1.0)
+
+
+def test_several_files_of_one_drive_are_read_one_after_the_other(tmp_path, nothing_left):
+    paths = [tmp_path / name for name in "abc"]
+    for number, path in enumerate(paths):
+        path.write_bytes(os.urandom((number + 1) * MIB + 7))
+    with given_targets(list(map(str, paths))) as targets:
+        region = Pool(MIB, page_lock="off").acquire(MIB)
+        stream = Stream(targets, Setting("threads", MIB, 1), READ, region, MIB, None)
+        places = [(file.path, offset) for block in range(6) for file, offset, *_ in [stream._extent(block)]]
+        stream.close()
+    assert places == [(str(paths[n]), i * MIB) for n in range(3) for i in range(n + 1)]
 
 
 def test_a_file_of_the_users_is_read_and_stays_as_it_is(tmp_path, nothing_left):

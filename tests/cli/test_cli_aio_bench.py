@@ -59,7 +59,13 @@ def test_a_sweep_prints_a_table_for_reads_and_writes_and_the_best(bench, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_sweep_is_kept_as_the_profile_of_the_drive(bench, tmp_path):
+@pytest.fixture
+def telling(monkeypatch):
+    """Let a small file decide about a profile."""
+    monkeypatch.setattr("zinfer.cli.aio_bench.SMALLEST_FOR_PROFILE", 16 << 20)
+
+
+def test_a_full_sweep_is_kept_as_the_profile_of_the_drive(bench, tmp_path, telling):
     if not direct(tmp_path):
         pytest.skip("profiles are of direct reads")
     device = block_device_of(str(tmp_path))
@@ -69,6 +75,37 @@ def test_a_full_sweep_is_kept_as_the_profile_of_the_drive(bench, tmp_path):
     profile = load_profile(device)
     assert profile.read_rate > 0 and profile.write_rate is None
     assert f"{profile.backend}, blocks of" in out
+
+
+def test_a_small_file_decides_nothing(bench, tmp_path):
+    status, out, _ = bench(tmp_path, *QUICK, "--read")
+    assert (status == 0 and "not kept as a profile: 16 MiB are too few" in out) or not direct(tmp_path)
+    assert load_profile(block_device_of(str(tmp_path))) is None
+
+
+def test_what_was_measured_is_told_whatever_fails_afterwards(bench, tmp_path, telling, monkeypatch):
+    if not direct(tmp_path):
+        pytest.skip("profiles are of direct reads")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nope")
+    status, out, err = bench(tmp_path, *QUICK, "--read")
+    assert status == 1 and "best for reads" in out
+    assert "the profile was not kept" in err and "/proc/nope" in err
+
+
+def test_what_fio_fails_at_is_told_after_the_results(bench, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "fio"
+    fake.write_text("#!/bin/sh\necho no such engine >&2\nexit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    status, out, err = bench(tmp_path, *QUICK, *NARROW, "--read", "--fio")
+    assert status == 1 and "best for reads" in out and "no such engine" in err
+
+
+def test_nothing_is_written_before_the_options_make_sense(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("zinfer.aio_bench.made_targets", None)  # not to be called
+    for wrong in (["--depth", "0"], ["--block", "3MiB"], ["--rounds", "0"], ["--write", "--save"]):
+        assert bench(tmp_path, *wrong)[0] == 2
 
 
 def test_what_is_kept_can_be_asked_for_and_declined(bench, tmp_path):
@@ -119,7 +156,8 @@ def test_a_picture_is_drawn(bench, tmp_path):
 def test_fio_runs_beside_it(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("zinfer.aio_bench.fio.ROUNDS", 1)
     monkeypatch.setattr("zinfer.aio_bench.fio.SECONDS", 1.0)
-    status, out, _ = bench(tmp_path, *QUICK, *NARROW, "--read", "--backend", "threads", "--fio", "--json")
+    threads = ("--block", "1MiB", "--threads", "2", "--backend", "threads")
+    status, out, _ = bench(tmp_path, *QUICK, *threads, "--read", "--fio", "--json")
     [compared] = json.loads(out)["fio"]
     assert status == 0
     assert compared["ratio"] == pytest.approx(
@@ -150,6 +188,10 @@ def test_without_fio_it_says_how_to_get_it(bench, tmp_path, monkeypatch):
         (["--drives", "."], "same folder twice"),
         (["--write", "--save"], "--save has no effect"),
         (["--sise", "1GiB"], "--sise"),
+        (["--backend", "io_uring", "--threads", "3"], "--threads has no effect"),
+        (["--backend", "threads", "--depth", "3"], "--depth has no effect"),
+        (["--plot", "absent/x.png"], "--plot"),
+        (["--seconds", "nan"], "seconds"),
     ],
 )
 def test_what_makes_no_sense_is_refused(bench, tmp_path, monkeypatch, arguments, text):

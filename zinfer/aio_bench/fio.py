@@ -146,7 +146,7 @@ def fio_command(
     return [
         fio,
         "--name=aio_bench",
-        f"--filename={target.path}",
+        "--filename=" + target.path.replace(":", r"\:"),
         f"--rw={direction}",
         f"--ioengine={ENGINES[setting.backend]}",
         f"--bs={setting.block_bytes}",

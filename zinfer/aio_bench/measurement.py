@@ -19,12 +19,16 @@ GOOD_ENOUGH = 0.95
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting measured once: bytes moved, seconds, CPU seconds of this process, operations by latency."""
+    """One setting measured once: bytes moved, seconds, CPU seconds of this process, operations by latency.
+
+    `by_drive`: the bytes that each of several drives moved.
+    """
 
     nbytes: int
     seconds: float
     cpu_seconds: float
     latencies: Mapping[float, int]
+    by_drive: tuple[int, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -44,6 +48,7 @@ class Measurement:
     cpu_per_gb: float  # CPU seconds for 10^9 bytes, the median
     p50: float  # latency of a block, over all trials
     p99: float
+    shares: tuple[float, ...] = (1.0,)  # of each drive in the bytes
 
     @classmethod
     def of(cls, direction: str, setting: Setting, trials: Sequence[Trial]) -> Measurement:
@@ -61,6 +66,7 @@ class Measurement:
             statistics.median(trial.cpu_seconds / trial.nbytes * 1e9 for trial in trials),
             percentile(latencies, 0.50),
             percentile(latencies, 0.99),
+            _shares([trial.by_drive for trial in trials]),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,6 +84,11 @@ class Measurement:
             "latency_p50_seconds": self.p50,
             "latency_p99_seconds": self.p99,
         }
+
+
+def _shares(by_drive: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
+    sums = [sum(column) for column in zip(*by_drive, strict=True)] or [1]
+    return tuple(column / sum(sums) for column in sums)
 
 
 def percentile(latencies: Mapping[float, int], share: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,7 +19,8 @@ MAX_IN_FLIGHT = 512 << 20  # bytes of memory that one setting may take; a sweep 
 ROUNDS = 5
 SECONDS = 50.0  # of measuring; a minute with what is around it
 SHORTEST = 0.02  # seconds of one trial
-MAX_WRITTEN = 8  # times the file's size, so that a sweep is no wear to speak of
+MAX_WRITTEN = 16 << 30  # bytes that a sweep writes, so that it is no wear to speak of
+LEAST_WRITTEN = 3  # times what is in flight: less would measure the queue filling and emptying
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Setting:
 class Plan:
     """What to measure: every setting in every direction, `rounds` times for about `seconds` each.
 
-    `write_bytes`: the most that one trial may write.
+    `allowances`: the bytes that one trial of each setting may write.
     """
 
     settings: tuple[Setting, ...]
     directions: tuple[str, ...]
     rounds: int
     seconds: float
-    write_bytes: int
+    allowances: Mapping[Setting, int]
 
     @property
     def trials(self) -> int:
@@ -80,8 +81,8 @@ def make_plan(
 ) -> Plan:
     """The grid of all combinations that a file of `size` bytes and the memory allow, within `seconds` in all.
 
-    `depths` are for io_uring and libaio, `threads` for threads. Raises OptionError for a value out of range,
-    or when nothing is left.
+    `depths` are for io_uring and libaio, `threads` for threads. All writes together are MAX_WRITTEN bytes at most.
+    Raises OptionError for a value out of range, or when nothing is left.
     """
     for block in blocks:
         if block % PAGE or not PAGE <= block <= MAX_BLOCK_BYTES or block & (block - 1):
@@ -105,8 +106,23 @@ def make_plan(
             f"times block no more than {MAX_IN_FLIGHT >> 20} MiB"
         )
     trials = len(settings) * len(directions) * rounds
-    write_bytes = MAX_WRITTEN * size // (len(settings) * rounds)
-    return Plan(settings, tuple(directions), rounds, max(seconds / trials, SHORTEST), write_bytes)
+    allowances = _allowances(settings, rounds) if WRITE in directions else {}
+    return Plan(settings, tuple(directions), rounds, max(seconds / trials, SHORTEST), allowances)
+
+
+def _allowances(settings: Sequence[Setting], rounds: int) -> dict[Setting, int]:
+    """Equal shares of what a round may write, but for settings that need more to fill their queue."""
+    left, rest = MAX_WRITTEN // rounds, sorted(settings, key=lambda item: -item.in_flight)
+    allowances = {}
+    while rest and (needed := LEAST_WRITTEN * rest[0].in_flight) > left // len(rest):
+        allowances[rest.pop(0)] = needed
+        left -= needed
+    if left < 0:
+        raise OptionError(
+            f"writing with all these settings takes more than {MAX_WRITTEN >> 30} GiB; choose fewer, less depth, "
+            "smaller blocks, fewer rounds, or --read"
+        )
+    return allowances | {setting: left // len(rest) for setting in rest}
 
 
 def _check(name: str, values: Sequence[int], most: int) -> None:

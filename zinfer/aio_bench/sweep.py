@@ -10,7 +10,7 @@ from zinfer.aio.profile import BACKENDS, Backend
 from zinfer.aio_bench.measurement import Measurement, Trial
 from zinfer.aio_bench.memory import pool_of
 from zinfer.aio_bench.settings import WRITE, Plan, Setting
-from zinfer.aio_bench.target import Target
+from zinfer.aio_bench.target import Target, by_drive
 from zinfer.aio_bench.trial import run_trial
 from zinfer.errors import OptionError
 
@@ -48,7 +48,7 @@ def sweep(
     trials: dict[tuple[str, Setting], list[Trial]] = defaultdict(list)
     rates: dict[tuple[str, Setting], float] = {}
     last = dict.fromkeys(plan.directions, FIRST_GUESS)
-    with pool_of(len(targets) * max(setting.in_flight for setting in plan.settings)) as pool:
+    with pool_of(len(by_drive(targets)) * max(setting.in_flight for setting in plan.settings)) as pool:
         for direction, setting in plan.order():
             progress(f"{direction} through {setting.backend}")
             key = direction, setting
@@ -59,7 +59,7 @@ def sweep(
                 pool=pool,
                 seconds=plan.seconds,
                 expected_rate=rates.get(key, last[direction]),
-                most_bytes=plan.write_bytes if direction == WRITE else None,
+                most_bytes=plan.allowances[setting] if direction == WRITE else None,
             )
             rates[key] = last[direction] = trial.rate
             trials[key].append(trial)

@@ -33,6 +33,14 @@ class Target:
         return File(self.path)
 
 
+def by_drive(targets: Sequence[Target]) -> list[list[Target]]:
+    """`targets` in groups that lie on one device each: what shares a drive shares its queue."""
+    groups: dict[BlockDevice, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.device, []).append(target)
+    return list(groups.values())
+
+
 @contextmanager
 def given_targets(paths: Sequence[str]) -> Iterator[list[Target]]:
     """Files of the user's, to be read only. Raises DriveError for what cannot be read."""
@@ -63,18 +71,17 @@ def _made(folder: str, size: int) -> Iterator[Target]:
             if os.path.isfile(folder)
             else f"{folder}: no such folder; give one on the drive to measure"
         )
-    space = os.statvfs(folder)
-    free = space.f_bavail * space.f_frsize
-    if size > free - ROOM_LEFT:
-        raise StoreError(
-            f"{folder}: a file of {size} bytes would fill the drive, {free} bytes are free; choose a smaller --size"
-        )
     try:
-        descriptor, name = tempfile.mkstemp(prefix=".aio_bench-", dir=folder)
+        descriptor = _nameless(folder)
     except OSError as error:
         raise StoreError(f"{folder}: no file can be made there: {error.strerror}") from error
-    os.unlink(name)
     try:
+        free = free_bytes(folder)
+        if size + ROOM_LEFT > free:
+            raise StoreError(
+                f"{folder}: {free} bytes are free, too few for a file of {size} bytes and the {ROOM_LEFT} that stay "
+                "free; free some, choose a smaller --size or another drive"
+            )
         # By its number in this process, not "self": another program may be asked to read it too.
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         writer = File(path, "w", size=size)
@@ -85,6 +92,21 @@ def _made(folder: str, size: int) -> Iterator[Target]:
             writer.close()
     finally:
         os.close(descriptor)
+
+
+def free_bytes(folder: str) -> int:
+    """What an unprivileged process may still write there."""
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize
+
+
+def _nameless(folder: str) -> int:
+    """A descriptor of a new file without a name."""
+    with contextlib.suppress(OSError):  # not every filesystem has such files
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor, name = tempfile.mkstemp(prefix=".aio_bench-", dir=folder)
+    os.unlink(name)
+    return descriptor
 
 
 def _fill(file: File, size: int) -> None:

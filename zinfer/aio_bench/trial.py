@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import select
 import time
@@ -12,7 +13,7 @@ from zinfer.aio import Engine, File, Request
 from zinfer.aio_bench.measurement import Trial
 from zinfer.aio_bench.memory import hold
 from zinfer.aio_bench.settings import READ, Setting
-from zinfer.aio_bench.target import Target
+from zinfer.aio_bench.target import Target, by_drive
 from zinfer.errors import DriveError
 from zinfer.pinned import Pool, Region
 
@@ -23,26 +24,40 @@ STALLED = 60.0  # seconds without one finished batch: the drive has gone
 
 
 class Stream:
-    """One target's share of a trial: its engine, its file, and requests enough to keep `depth` blocks moving.
+    """One drive's share of a trial: its engine, its files, and requests enough to keep `depth` blocks moving.
+
+    It submits no more than `allowance` bytes, if that is given.
 
     The memory is `depth` blocks, used round and round, exactly what fio would use: more of it would sit less in
     the processor's cache and be slower. A block may so land where another one is still landing: what is measured
     is the way there, not the bytes.
     """
 
-    def __init__(self, target: Target, setting: Setting, direction: str, region: Region, batch: int) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        setting: Setting,
+        direction: str,
+        region: Region,
+        batch: int,
+        allowance: int | None,
+    ) -> None:
         self._reading = direction == READ
+        self._allowance = allowance
+        self.moved = 0  # bytes of the requests that were collected
         self._block, self._region = setting.block_bytes, region
         self._slots = setting.depth
-        blocks = target.size // setting.block_bytes
+        # Blocks are counted through all files: file number n has those from _firsts[n] on.
+        counts = [target.size // setting.block_bytes for target in targets]
+        self._firsts = [sum(counts[:number]) for number in range(len(counts))]
+        blocks = sum(counts)
         self._batch = min(max(1, batch // setting.block_bytes), blocks)
         self._batches = blocks // self._batch
         self._next = 0
         self._extents: dict[int, list[tuple[File, int, int, int, bool]]] = {}
         self._queue: deque[Request] = deque()
         self._spare = 1 + -(-setting.depth // self._batch)  # one more than what the depth takes
-        writer = target.writer
-        self._file: File | None = None
+        self._files: list[File] = []
         self.engine = Engine(
             setting.backend,
             depth=setting.depth,
@@ -51,46 +66,50 @@ class Stream:
             bounce_slot_bytes=1 << 20,
         )
         try:
-            if self._reading:
-                self._file = self._moved = target.reader()
-            elif writer is not None:
-                self._moved = writer
-            else:
-                raise ValueError(f"{target.path} is only to be read")
+            for target in targets:
+                if self._reading:
+                    self._files.append(target.reader())
+                elif target.writer is not None:
+                    self._files.append(target.writer)
+                else:
+                    raise ValueError(f"{target.path} is only to be read")
         except BaseException:
-            self.engine.close()
+            self.close()
             raise
         for number in range(self._batches if blocks <= PREPARED else 0):
             self._prepare(number)
 
     def _prepare(self, number: int) -> list[tuple[File, int, int, int, bool]]:
         """The extents of a batch, made once."""
-        extents = [
-            (
-                self._moved,
-                block * self._block,
-                self._block,
-                self._region.address + block % self._slots * self._block,
-                False,
-            )
-            for block in range(number * self._batch, (number + 1) * self._batch)
-        ]
+        extents = [self._extent(block) for block in range(number * self._batch, (number + 1) * self._batch)]
         self._extents[number] = extents
         return extents
 
-    def fill(self) -> None:
-        """Submit until the queue is full."""
+    def _extent(self, block: int) -> tuple[File, int, int, int, bool]:
+        number = bisect.bisect_right(self._firsts, block) - 1
+        offset = (block - self._firsts[number]) * self._block
+        address = self._region.address + block % self._slots * self._block
+        return self._files[number], offset, self._block, address, False
+
+    def fill(self) -> bool:
+        """Submit until the queue is full; False when the allowance ends that before."""
+        nbytes = self._batch * self._block
         while len(self._queue) < self._spare:
+            if self._allowance is not None:
+                if self._allowance < nbytes:
+                    return False
+                self._allowance -= nbytes
             self._queue.append(self._submit())
+        return True
 
     def collect(self) -> int:
         """Bytes of the requests at the head of the queue that are done. Raises DriveError when one failed."""
-        moved = 0
+        before = self.moved
         while self._queue and self._queue[0].done:
             request = self._queue.popleft()
             request.wait()
-            moved += request.nbytes
-        return moved
+            self.moved += request.nbytes
+        return self.moved - before
 
     def close(self) -> None:
         """Drop what is queued, drain what is in flight."""
@@ -98,8 +117,8 @@ class Stream:
             request.cancel()
         self.engine.close()
         self._queue.clear()
-        if self._file is not None:
-            self._file.close()
+        for file in self._files if self._reading else ():
+            file.close()
 
     def _submit(self) -> Request:
         extents = self._extents.get(self._next) or self._prepare(self._next)
@@ -118,53 +137,55 @@ def run_trial(
     expected_rate: float,
     most_bytes: int | None = None,
 ) -> Trial:
-    """Move bytes of all `targets` at once for about `seconds`, or `most_bytes` of each if that is sooner.
+    """Move bytes of all `targets` at once for about `seconds`, and no more than `most_bytes` if that is given.
 
-    `pool` has `setting.in_flight` free bytes for each target. `expected_rate`, in bytes a second, sets how much
-    is asked for at a time. Raises DriveError; OptionError
-    when the backend does not work here.
+    Those on one drive share a queue. `pool` has `setting.in_flight` free bytes for each drive. `expected_rate`, in
+    bytes a second, sets how much is asked for at a time. Raises DriveError; OptionError when the backend does not
+    work here.
     """
-    share = expected_rate / len(targets)
-    batch = int(min(BATCH_BYTES, share * seconds / BATCHES, most_bytes or BATCH_BYTES))
+    drives = by_drive(targets)
+    allowance = None if most_bytes is None else most_bytes // len(drives)
+    batch = int(min(BATCH_BYTES, expected_rate / len(drives) * seconds / BATCHES))
+    if allowance is not None:
+        batch = min(batch, (allowance - setting.in_flight) // BATCHES)
     streams: list[Stream] = []
     try:
-        for target in targets:
+        for group in drives:
             region = hold(pool, setting.in_flight)
-            streams.append(Stream(target, setting, direction, region, batch))
-        return _measure(streams, seconds, most_bytes and most_bytes * len(targets))
+            streams.append(Stream(group, setting, direction, region, batch, allowance))
+        return _measure(streams, seconds)
     finally:
         for stream in streams:
             stream.close()
 
 
-def _measure(streams: Sequence[Stream], seconds: float, most_bytes: int | None) -> Trial:
+def _measure(streams: Sequence[Stream], seconds: float) -> Trial:
     poll = select.poll()
     for stream in streams:
         poll.register(stream.engine.eventfd, select.POLLIN)
         stream.fill()
-    _wait(poll, streams)  # the first batch pays for waking up
+    full = _wait(poll, streams)  # the first batch pays for waking up
+    before = [stream.moved for stream in streams]
     started, cpu = time.perf_counter(), time.process_time()
     moved, now = 0, started
-    while not moved or (now - started < seconds and (most_bytes is None or moved < most_bytes)):
-        moved += _wait(poll, streams)
+    while not moved or (full and now - started < seconds):
+        full = _wait(poll, streams)
+        moved = sum(stream.moved for stream in streams) - sum(before)
         now = time.perf_counter()
     cpu = time.process_time() - cpu
+    each = tuple(stream.moved - earlier for stream, earlier in zip(streams, before, strict=True))
     latencies: Counter[float] = Counter()
     for stream in streams:
         latencies.update(dict(stream.engine.latencies))
-    return Trial(moved, now - started, cpu, latencies)
+    return Trial(moved, now - started, cpu, latencies, each)
 
 
-def _wait(poll: select.poll, streams: Sequence[Stream]) -> int:
-    """Wait until at least one request is done; put others in the place of all that are; the bytes they moved."""
+def _wait(poll: select.poll, streams: Sequence[Stream]) -> bool:
+    """Wait until at least one request is done; put others in the place of all that are: False where none may come."""
     while True:
-        moved = 0
-        for stream in streams:
-            if count := stream.collect():
-                moved += count
-                stream.fill()
-        if moved:
-            return moved
+        finished = [stream for stream in streams if stream.collect()]
+        if finished:
+            return all([stream.fill() for stream in finished])
         ready = poll.poll(STALLED * 1000)
         if not ready:
             raise DriveError("no block moved for a minute: has the drive gone?", "", 0, 0, 0, "aio_bench")

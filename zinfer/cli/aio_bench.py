@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from zinfer import aio_bench
 from zinfer._version import __version__
-from zinfer.aio.profile import BACKENDS, Profile, save_profile
+from zinfer.aio.profile import BACKENDS, Backend, Profile, save_profile
 from zinfer.aio_bench import READ, WRITE, Measurement, Plan, Setting, Target, choose, make_plan
 from zinfer.aio_bench import fio as fio_module
 from zinfer.aio_bench import plot as plot_module
 from zinfer.aio_bench.settings import BLOCKS, DEPTHS, DIRECTIONS, ROUNDS, SECONDS, THREADS
 from zinfer.aio_bench.sweep import sweep, usable_backends
 from zinfer.aio_bench.table import compared_table, measured_table, size_text
-from zinfer.errors import OptionError
+from zinfer.aio_bench.target import by_drive, free_bytes
+from zinfer.errors import OptionError, ZinferError
 from zinfer.plan.memory import parse_size
 
 NAME = "aio_bench"
@@ -39,11 +40,13 @@ examples:
   aio_bench /mnt/nvme --fio                      # and fio beside it, same file and settings, in turns
 
 PATH gets a nameless file of random bytes, gone when the command ends, however it ends. No other file is
-written; with --file none is. Writes of a sweep come to at most 8 times --size."""
+written; with --file none is. Besides filling that file a sweep writes 16 GiB at most; --fio writes as fast as
+the drive takes it for half a minute a backend (--read: not at all)."""
 
 DEFAULT_SIZE = 2 << 30
 SPARE_SHARE = 4  # the default file takes at most 1/4 of the free space
 SMALLEST_SIZE = 16 << 20
+SMALLEST_FOR_PROFILE = 256 << 20  # bytes a drive: a smaller file may lie in a cache, and leaves settings out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Outcome:
-    """Everything that was measured, and what came of it."""
+    """Everything that was measured, and what came of it; `failures` are of what was to be done with it."""
 
     targets: list[Target]
     direct: bool
@@ -99,80 +102,133 @@ class Outcome:
     best: dict[str, Measurement] = field(default_factory=dict)
     comparisons: list[fio_module.Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Carry out `aio_bench`; returns 0. Raises OptionError, StoreError, DriveError, BudgetError."""
+    """Carry out `aio_bench`; 1 when the sweep was done and something after it failed, else 0.
+
+    Raises OptionError before anything is written or measured; StoreError, DriveError, BudgetError.
+    """
     if arguments.plot:
         plot_module.require_matplotlib(arguments.plot)
     if arguments.fio:
         fio_module.require_fio()
-    with _targets(arguments) as targets:
-        outcome = _measure(arguments, targets)
+    files, folders = arguments.file or [], [arguments.path or ".", *arguments.drives]
+    _refuse_contradictions(arguments, folders)
+    size = min(map(os.path.getsize, files)) if files else _size(arguments.size, folders)
+    usable, refused = usable_backends(arguments.backend or BACKENDS)
+    if arguments.backend and refused:
+        raise OptionError("; ".join(refused.values()))
+    plan = _plan(arguments, usable, size)
+    with aio_bench.given_targets(files) if files else aio_bench.made_targets(folders, size) as targets:
+        outcome = _measure(arguments, targets, plan, refused)
     if _to_be_saved(arguments, outcome):
-        outcome.notes += _save(outcome)
+        _attempt(outcome, "the profile was not kept", lambda: _save(outcome))
     if arguments.plot:
-        names = " + ".join(target.device.name for target in outcome.targets)
-        plot_module.draw(outcome.measurements, f"{names}: {targets[0].folder}", arguments.plot)
-        outcome.notes.append(f"drawn to {arguments.plot}")
+        _attempt(outcome, "not drawn", lambda: _draw(outcome, arguments.plot))
     sys.stdout.write(_as_json(outcome) if arguments.json else _as_text(outcome))
-    return 0
+    for failure in outcome.failures:
+        sys.stderr.write(f"aio_bench: error: {failure}\n")
+    return 1 if outcome.failures else 0
 
 
-def _targets(arguments: argparse.Namespace) -> AbstractContextManager[list[Target]]:
-    """The files to measure. Raises OptionError for options that contradict each other."""
-    if not arguments.file:
-        folders = [arguments.path or ".", *arguments.drives]
-        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-            raise OptionError("the same folder twice; --drives are further drives")
-        return aio_bench.made_targets(folders, _size(arguments.size, folders))
+def _attempt(outcome: Outcome, what: str, act: Callable[[], None]) -> None:
+    """What was measured is told whatever becomes of this."""
+    try:
+        act()
+    except (OSError, ZinferError) as error:
+        outcome.failures.append(f"{what}: {error}")
+
+
+def _refuse_contradictions(arguments: argparse.Namespace, folders: Sequence[str]) -> None:
+    """Raises OptionError for options that would have no effect."""
     for name in ("path", "drives", "size", "write"):
-        if getattr(arguments, name):
+        if arguments.file and getattr(arguments, name):
             option = "PATH" if name == "path" else f"--{name}"
             raise OptionError(f"{option} has no effect with --file, which is read as it is; leave it out")
-    return aio_bench.given_targets(arguments.file)
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise OptionError("the same folder twice; --drives are further drives")
+    if arguments.threads and "threads" not in (arguments.backend or BACKENDS):
+        raise OptionError("--threads has no effect without the backend threads; leave it out")
+    if arguments.depth and arguments.backend == ["threads"]:
+        raise OptionError("--depth has no effect on the backend threads; choose --threads")
+    if arguments.fio and (arguments.drives or len(arguments.file or []) > 1):
+        raise OptionError("--fio reads and writes one file, as we do then: name one PATH or one FILE")
+    if arguments.save and READ not in _directions(arguments):
+        raise OptionError("--save has no effect: a profile is of reads, and none would be measured")
+    if arguments.plot and not os.access(os.path.dirname(arguments.plot) or ".", os.W_OK):
+        raise OptionError(f"--plot {arguments.plot}: no such folder, or it cannot be written to")
 
 
 def _size(wanted: str | None, folders: Sequence[str]) -> int:
+    """Bytes of the file to make."""
     if wanted is not None:
         size = parse_size(wanted)
     else:
-        spaces = [os.statvfs(folder) for folder in folders if os.path.isdir(folder)]
-        free = min((space.f_bavail * space.f_frsize for space in spaces), default=DEFAULT_SIZE)
+        free = min(map(free_bytes, filter(os.path.isdir, folders)), default=DEFAULT_SIZE)
         size = max(min(DEFAULT_SIZE, free // SPARE_SHARE), SMALLEST_SIZE)
     if size < SMALLEST_SIZE:
         raise OptionError(f"--size {wanted}: at least {size_text(SMALLEST_SIZE)}")
     return size >> 20 << 20
 
 
-def _measure(arguments: argparse.Namespace, targets: list[Target]) -> Outcome:
-    reader = targets[0].reader()
-    reader.close()
-    if arguments.save and (READ not in _directions(arguments) or not reader.direct):
-        raise OptionError("--save has no effect: a profile is of direct reads, and none would be measured")
-    usable, refused = usable_backends(arguments.backend or BACKENDS, direct=reader.direct)
-    if arguments.backend and refused:
-        raise OptionError("; ".join(refused.values()))
-    plan = make_plan(
+def _plan(arguments: argparse.Namespace, usable: Sequence[Backend], size: int) -> Plan:
+    return make_plan(
         backends=usable,
         directions=_directions(arguments),
-        size=min(target.size for target in targets),
+        size=size,
         blocks=[parse_size(text) for text in arguments.block] if arguments.block else BLOCKS,
         depths=arguments.depth or DEPTHS,
         threads=arguments.threads or THREADS,
         rounds=arguments.rounds,
         seconds=arguments.seconds,
     )
-    with _progress(plan) as progress:
+
+
+def _measure(
+    arguments: argparse.Namespace, targets: list[Target], plan: Plan, refused: dict[str, str]
+) -> Outcome:
+    reader = targets[0].reader()
+    reader.close()
+    if not reader.direct:
+        if arguments.save:
+            raise OptionError(f"--save has no effect: a profile is of direct reads ({reader.direct_reason})")
+        usable, refused = usable_backends(arguments.backend or BACKENDS, direct=False)
+        plan = _plan(arguments, usable, min(target.size for target in targets))
+    with _progress(plan.trials) as progress:
         measurements = sweep(targets, plan, progress)
     outcome = Outcome(targets, reader.direct, reader.alignment, refused, measurements)
     for direction in plan.directions:
         outcome.best[direction] = choose(item for item in measurements if item.direction == direction)
-        if arguments.fio:
-            outcome.comparisons += fio_module.compare(
-                targets[0], direction, _best_settings(measurements, direction), rounds=fio_module.ROUNDS
-            )
+    if arguments.fio:
+        _attempt(outcome, "fio", lambda: _compare(outcome))
     return outcome
+
+
+def _compare(outcome: Outcome) -> None:
+    """fio beside the best setting of each backend."""
+    wanted = [
+        (direction, setting)
+        for direction in outcome.best
+        for setting in _best_settings(outcome.measurements, direction)
+    ]
+    with _progress(len(wanted) * fio_module.ROUNDS) as progress:
+        for direction, setting in wanted:
+            outcome.comparisons += fio_module.compare(
+                outcome.targets[0],
+                direction,
+                [setting],
+                rounds=fio_module.ROUNDS,
+                seconds=fio_module.SECONDS,
+                progress=progress,
+            )
+
+
+def _draw(outcome: Outcome, path: str) -> None:
+    names = " + ".join(dict.fromkeys(target.device.name for target in outcome.targets))
+    plot_module.draw(outcome.measurements, f"{names}: {outcome.targets[0].folder}", path)
+    outcome.notes.append(f"drawn to {path}")
 
 
 def _directions(arguments: argparse.Namespace) -> Sequence[str]:
@@ -193,9 +249,9 @@ def _best_settings(measurements: Sequence[Measurement], direction: str) -> list[
 
 
 @contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[str], None]]:
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, where that is a terminal."""
-    with tqdm(total=plan.trials, unit="trial", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, unit="trial", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def advance(text: str) -> None:
             bar.set_description(text)
@@ -205,34 +261,37 @@ def _progress(plan: Plan) -> Iterator[Callable[[str], None]]:
 
 
 def _to_be_saved(arguments: argparse.Namespace, outcome: Outcome) -> bool:
-    if arguments.save is not None:
+    if arguments.save is not None or READ not in outcome.best:
         return bool(arguments.save)
     narrowed = [name for name in ("block", "depth", "threads", "backend") if getattr(arguments, name)]
+    smallest = min(sum(target.size for target in group) for group in by_drive(outcome.targets))
+    why = ""
     if narrowed:
-        outcome.notes.append(
-            f"not kept as a profile: --{narrowed[0]} narrowed the sweep (--save keeps it all the same)"
+        why = f"--{narrowed[0]} narrowed the sweep (--save keeps it all the same)"
+    elif not outcome.direct:
+        why = "the file is read through the page cache"
+    elif smallest < SMALLEST_FOR_PROFILE:
+        why = f"{size_text(smallest)} are too few to tell (--save keeps it all the same)"
+    if why:
+        outcome.notes.append(f"not kept as a profile: {why}")
+    return not why
+
+
+def _save(outcome: Outcome) -> None:
+    """Keep the best read setting as the profile of each drive, with that drive's part of the rate."""
+    best, writes = outcome.best[READ], outcome.best.get(WRITE)
+    for number, group in enumerate(by_drive(outcome.targets)):
+        profile = Profile(
+            best.setting.backend,
+            best.setting.block_bytes,
+            best.setting.depth,
+            best.setting.threads,
+            best.rate * best.shares[number],
+            writes.rate * writes.shares[number] if writes else None,
+            datetime.now().isoformat(timespec="seconds"),
         )
-    return not narrowed and READ in outcome.best and outcome.direct
-
-
-def _save(outcome: Outcome) -> list[str]:
-    """Keep the best read setting as the profile of each drive."""
-    best, share = outcome.best[READ], len(outcome.targets)
-    writes = outcome.best.get(WRITE)
-    profile = Profile(
-        best.setting.backend,
-        best.setting.block_bytes,
-        best.setting.depth,
-        best.setting.threads,
-        best.rate / share,
-        writes.rate / share if writes else None,
-        datetime.now().isoformat(timespec="seconds"),
-    )
-    devices = {target.device.key: target.device for target in outcome.targets}
-    return [
-        f"kept as the profile of {device.name}: {save_profile(device, profile)}"
-        for device in devices.values()
-    ]
+        device = group[0].device
+        outcome.notes.append(f"kept as the profile of {device.name}: {save_profile(device, profile)}")
 
 
 def _as_text(outcome: Outcome) -> str:
@@ -293,6 +352,7 @@ def _as_json(outcome: Outcome) -> str:
         "best": {direction: item.as_dict() for direction, item in outcome.best.items()},
         "fio": [item.as_dict() for item in outcome.comparisons],
         "notes": outcome.notes,
+        "failures": outcome.failures,
     }
     return json.dumps(document, indent=2) + "\n"
 
