@@ -121,6 +121,28 @@ def test_a_pool_larger_than_the_address_space_is_a_budget_error_with_size_and_er
         Pool(capacity)
 
 
+def test_a_pool_that_the_machine_could_never_hold_is_a_budget_error_before_a_page_is_touched():
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this kernel promises memory without looking at what it has")
+    # Were it granted, it would be touched: then this child dies of its CPU limit, or is the first to be killed.
+    output = run_python("""
+        import resource
+        from pathlib import Path
+        from zinfer.errors import BudgetError
+        from zinfer.pinned import Pool
+
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + 2
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        try:
+            Pool(1 << 45, page_lock="off", huge_pages=False, touch_threads=1)
+        except BudgetError as error:
+            print(error)
+    """)
+    assert f"cannot map {1 << 45} bytes" in output and "mprotect" in output and "max_memory" in output
+
+
 def test_a_large_pool_sits_on_huge_pages_and_aligned():
     pool = Pool(8 * MIB, page_lock="off")
     region = pool.acquire(8 * MIB)
