@@ -158,11 +158,16 @@ Fault parse_fault(const py::tuple& line) {
   return fault;
 }
 
-MemoryExtent parse_extent(const py::handle& item) {
-  const auto row = py::cast<py::tuple>(item);
+// The row holds the File while this is in use.
+MemoryExtent parse_extent(const py::tuple& row) {
   if (row.size() != 5) throw py::value_error("an extent is (file, offset, length, address, slack)");
+  if (!py::isinstance<File>(row[0]))
+    throw py::type_error(std::string("an extent's first item is a File of this engine's kind, not ") +
+                         Py_TYPE(py::object(row[0]).ptr())->tp_name);
+  const int slack = PyObject_IsTrue(py::object(row[4]).ptr());
+  if (slack < 0) throw py::error_already_set();
   return {row[0].cast<const File*>(), integer(row[1], "offset"), integer(row[2], "length"), integer(row[3], "address"),
-          row[4].cast<bool>()};
+          slack != 0};
 }
 
 // ---- what Python holds --------------------------------------------------------------------------------
@@ -316,10 +321,10 @@ template <std::shared_ptr<Request> (Engine::*transfer)(const std::vector<MemoryE
 std::unique_ptr<PyRequest> submit(const PyEngine& engine, const py::iterable& extents, py::object keepalive,
                                   bool urgent) {
   std::vector<MemoryExtent> wanted;
-  std::vector<py::object> held;  // the File objects, should the iterable make its tuples on the fly
+  std::vector<py::tuple> held;  // the File objects, should the iterable make its tuples on the fly
   for (const py::handle item : extents) {
-    held.push_back(py::reinterpret_borrow<py::object>(item));
-    wanted.push_back(parse_extent(item));
+    held.emplace_back(py::reinterpret_borrow<py::object>(item));
+    wanted.push_back(parse_extent(held.back()));
   }
   std::shared_ptr<Request> request = (engine.usable().*transfer)(wanted, urgent);
   return std::make_unique<PyRequest>(std::move(request), engine.shared(), std::move(keepalive));
