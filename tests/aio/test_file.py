@@ -59,7 +59,7 @@ def test_a_path_may_be_a_str_bytes_or_a_path_object(words, kind):
 
 def test_what_is_no_path_is_a_type_error():
     for wrong in (3, None, 1.5):
-        with pytest.raises(TypeError, match="str, bytes or os.PathLike"):
+        with pytest.raises(TypeError, match=r"str, bytes or os\.PathLike"):
             File(wrong)
 
 

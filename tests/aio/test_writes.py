@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import threading
-import time
 
 import numpy
 import pytest
@@ -337,34 +336,6 @@ def test_a_link_found_under_the_name_is_not_removed_when_its_file_cannot_be_had(
     assert os.path.islink(link)
     File(link, "w", size=5000, direct=direct).close()
     assert contents_of(target) == bytes(5000)
-
-
-def test_what_another_made_in_the_meantime_is_never_removed(new_path, direct):
-    path = new_path()
-    over = threading.Event()
-    wrong = []
-
-    def attempt():
-        while not over.is_set():
-            with contextlib.suppress(DriveError):
-                File(path, "w", size=1 << 60, direct=direct)
-                wrong.append("reserved")
-
-    thread = threading.Thread(target=attempt)
-    thread.start()
-    made = 0
-    deadline = time.monotonic() + 1
-    try:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                time.sleep(0.001)
-                os.unlink(path)  # FileNotFoundError, had the other removed it
-                made += 1
-    finally:
-        over.set()
-        thread.join()
-    assert made > 0 and not wrong
 
 
 def test_a_file_is_written_by_one_file_object_and_one_engine_at_a_time(new_path, make_engine):
