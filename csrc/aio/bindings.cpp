@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -58,15 +59,26 @@ void look_up_error_classes() {
   error_classes.option = errors.attr("OptionError").cast<py::object>().release().ptr();
 }
 
+// A path, or a message with a path in it, as os.fsdecode() has it: a name on a drive need not be UTF-8. For the
+// "O&" of PyObject_CallFunction.
+PyObject* decoded(void* text) { return PyUnicode_DecodeFSDefault(static_cast<const char*>(text)); }
+
 // Plain C: Python code runs in here, and a daemon thread may be unwound from it when the interpreter ends.
 void set_drive_error(const DriveFailure& failure) {
-  PyObject* error = PyObject_CallFunction(error_classes.drive, "ssKKis", failure.what(), failure.path.c_str(),
-                                          static_cast<unsigned long long>(failure.offset),
+  PyObject* error = PyObject_CallFunction(error_classes.drive, "O&O&KKis", &decoded, failure.what(), &decoded,
+                                          failure.path.c_str(), static_cast<unsigned long long>(failure.offset),
                                           static_cast<unsigned long long>(failure.length), failure.error,
                                           failure.backend.c_str());
   if (error == nullptr) return;  // Python's own error is set
   PyErr_SetObject(error_classes.drive, error);
   Py_DECREF(error);
+}
+
+void set_error(PyObject* error_class, const std::exception& thrown) {
+  PyObject* message = PyUnicode_DecodeFSDefault(thrown.what());
+  if (message == nullptr) return;  // Python's own error is set
+  PyErr_SetObject(error_class, message);
+  Py_DECREF(message);
 }
 
 void translate(std::exception_ptr thrown) {
@@ -75,9 +87,11 @@ void translate(std::exception_ptr thrown) {
   } catch (const DriveFailure& failure) {
     set_drive_error(failure);
   } catch (const ClosedFailure& failure) {
-    PyErr_SetString(error_classes.closed, failure.what());
+    set_error(error_classes.closed, failure);
   } catch (const OptionFailure& failure) {
-    PyErr_SetString(error_classes.option, failure.what());
+    set_error(error_classes.option, failure);
+  } catch (const std::invalid_argument& failure) {  // pybind11 would take the path in it for UTF-8
+    set_error(PyExc_ValueError, failure);
   }
 }
 
@@ -99,6 +113,20 @@ std::int64_t integer(const py::handle& number, const char* name) {
     throw OptionFailure(std::string(name) + " must fit in 64 bits, which " + std::string(py::repr(number)) +
                         " does not");
   return value;
+}
+
+// As open() takes one: a str, bytes or a path object. What comes after a NUL the kernel would not see.
+std::string path_bytes(const py::handle& path) {
+  py::object plain = py::reinterpret_steal<py::object>(PyOS_FSPath(path.ptr()));  // a str or bytes
+  if (!plain) throw py::error_already_set();
+  if (PyUnicode_Check(plain.ptr())) {
+    plain = py::reinterpret_steal<py::object>(PyUnicode_EncodeFSDefault(plain.ptr()));
+    if (!plain) throw py::error_already_set();
+  }
+  std::string bytes = py::reinterpret_borrow<py::bytes>(plain);
+  if (bytes.find('\0') != std::string::npos)
+    throw OptionFailure("path must not contain a NUL character, but is " + std::string(py::repr(path)));
+  return bytes;
 }
 
 FileOptions file_options(const std::string& mode, const py::object& size, const std::string& direct) {
@@ -130,11 +158,16 @@ Fault parse_fault(const py::tuple& line) {
   return fault;
 }
 
-MemoryExtent parse_extent(const py::handle& item) {
-  const auto row = py::cast<py::tuple>(item);
+// The row holds the File while this is in use.
+MemoryExtent parse_extent(const py::tuple& row) {
   if (row.size() != 5) throw py::value_error("an extent is (file, offset, length, address, slack)");
+  if (!py::isinstance<File>(row[0]))
+    throw py::type_error(std::string("an extent's first item is a File of this engine's kind, not ") +
+                         Py_TYPE(py::object(row[0]).ptr())->tp_name);
+  const int slack = PyObject_IsTrue(py::object(row[4]).ptr());
+  if (slack < 0) throw py::error_already_set();
   return {row[0].cast<const File*>(), integer(row[1], "offset"), integer(row[2], "length"), integer(row[3], "address"),
-          row[4].cast<bool>()};
+          slack != 0};
 }
 
 // ---- what Python holds --------------------------------------------------------------------------------
@@ -288,10 +321,10 @@ template <std::shared_ptr<Request> (Engine::*transfer)(const std::vector<MemoryE
 std::unique_ptr<PyRequest> submit(const PyEngine& engine, const py::iterable& extents, py::object keepalive,
                                   bool urgent) {
   std::vector<MemoryExtent> wanted;
-  std::vector<py::object> held;  // the File objects, should the iterable make its tuples on the fly
+  std::vector<py::tuple> held;  // the File objects, should the iterable make its tuples on the fly
   for (const py::handle item : extents) {
-    held.push_back(py::reinterpret_borrow<py::object>(item));
-    wanted.push_back(parse_extent(item));
+    held.emplace_back(py::reinterpret_borrow<py::object>(item));
+    wanted.push_back(parse_extent(held.back()));
   }
   std::shared_ptr<Request> request = (engine.usable().*transfer)(wanted, urgent);
   return std::make_unique<PyRequest>(std::move(request), engine.shared(), std::move(keepalive));
@@ -366,16 +399,22 @@ PYBIND11_MODULE(_native, module) {
   py::register_local_exception_translator(translate);
 
   py::class_<File, std::shared_ptr<File>>(module, "File", "A regular file open for reading or writing; see zinfer.aio.")
-      .def(py::init([](const std::string& path, const std::string& mode, const py::object& size,
+      .def(py::init([](const py::object& path, const std::string& mode, const py::object& size,
                        const std::string& direct) {
              const FileOptions options = file_options(mode, size, direct);
+             const std::string bytes = path_bytes(path);
              std::shared_ptr<File> file;
-             without_gil([&] { file = std::make_shared<File>(path, options); });
+             without_gil([&] { file = std::make_shared<File>(bytes, options); });
              return file;
            }),
            py::arg("path"), py::arg("mode") = "r", py::kw_only(), py::arg("size") = py::none(),
            py::arg("direct") = "auto")
-      .def_property_readonly("path", [](const File& file) { return file.facts().path; })
+      .def_property_readonly("path",
+                             [](const File& file) {
+                               PyObject* path = PyUnicode_DecodeFSDefault(file.facts().path.c_str());
+                               if (path == nullptr) throw py::error_already_set();
+                               return py::reinterpret_steal<py::str>(path);
+                             })
       .def_property_readonly("size", &File::size)
       .def_property_readonly("direct", [](const File& file) { return file.facts().direct; })
       .def_property_readonly("direct_reason", [](const File& file) { return file.facts().direct_reason; })

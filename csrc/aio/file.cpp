@@ -18,6 +18,8 @@ namespace zinfer::aio {
 
 namespace {
 
+constexpr mode_t kPermissions = 0666;  // less the umask
+
 [[noreturn]] void throw_open(const FileFacts& file, int error, const std::string& cause,
                              const std::string& remedy) {
   const char* purpose = file.mode == FileMode::write ? "writing" : "reading";
@@ -71,7 +73,8 @@ Descriptor::Descriptor(const std::string& path, const FileOptions& options) : ow
     throw_open(facts_, errno, describe_errno(errno), "check the path and its permissions");
   if (exists) refuse_unless_regular(facts_, before.st_mode);
   try {
-    open_file(options.direct);
+    if (writing && !exists) create(options.direct);
+    if (fd_ < 0) open_file(options.direct);
     struct stat now {};
     if (::fstat(fd_, &now) != 0) throw_open(facts_, errno, describe_errno(errno), "check the drive");
     refuse_unless_regular(facts_, now.st_mode);
@@ -84,7 +87,7 @@ Descriptor::Descriptor(const std::string& path, const FileOptions& options) : ow
     if (writing) reserve(options.size);
     facts_.identity = identity_of(status());
   } catch (...) {
-    if (fd_ >= 0 && writing && !exists) ::unlink(path.c_str());  // made for nothing
+    remove_if_made();
     if (fd_ >= 0) ::close(fd_);
     throw;
   }
@@ -97,10 +100,32 @@ Descriptor::~Descriptor() {
   ::close(fd_);
 }
 
+// Makes the file, if nobody else has since it was found missing: only then is it ours to remove on a failure. Any
+// other outcome leaves fd_ at -1, and open_file() finds out what is there. O_DIRECT is set afterwards, for an open
+// that is refused it may have made the file all the same.
+void Descriptor::create(DirectMode mode) {
+  fd_ = ::open(facts_.path.c_str(), O_CLOEXEC | O_NONBLOCK | O_RDWR | O_CREAT | O_EXCL, kPermissions);
+  if (fd_ < 0) return;
+  made_ = true;
+  if (mode == DirectMode::off) {
+    facts_.direct_reason = "direct=\"off\"";
+    return;
+  }
+  const int flags = ::fcntl(fd_, F_GETFL);
+  facts_.direct = flags >= 0 && ::fcntl(fd_, F_SETFL, flags | O_DIRECT) == 0;
+  if (!facts_.direct) facts_.direct_reason = "O_DIRECT open: " + describe_errno(errno);
+}
+
+// Made for nothing; unless another file has the name by now.
+void Descriptor::remove_if_made() const noexcept {
+  struct stat ours {}, named {};
+  if (!made_ || ::fstat(fd_, &ours) != 0 || ::lstat(facts_.path.c_str(), &named) != 0) return;
+  if (ours.st_dev == named.st_dev && ours.st_ino == named.st_ino) ::unlink(facts_.path.c_str());
+}
+
 void Descriptor::open_file(DirectMode mode) {
   // O_NONBLOCK: a FIFO cannot hang the open.
   const int flags = O_CLOEXEC | O_NONBLOCK | (facts_.mode == FileMode::write ? O_RDWR | O_CREAT : O_RDONLY);
-  constexpr mode_t kPermissions = 0666;  // less the umask
   if (mode == DirectMode::off) {
     facts_.direct_reason = "direct=\"off\"";
   } else {
@@ -114,8 +139,10 @@ void Descriptor::open_file(DirectMode mode) {
 
 // Locked before it is emptied: two that write one file would undo each other's blocks.
 void Descriptor::start_over() {
-  if (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+  if (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    made_ = false;  // another was quicker to lock what we made: it is his
     throw_open(facts_, EWOULDBLOCK, "it is being written already", "close the File that writes it first");
+  }
   if (::ftruncate(fd_, 0) != 0) throw_open(facts_, errno, describe_errno(errno), "check the path and its permissions");
 }
 

@@ -76,7 +76,9 @@ class Descriptor {
 
  private:
   struct stat status() const;  // throws DriveFailure ("fstat")
+  void create(DirectMode mode);
   void open_file(DirectMode mode);
+  void remove_if_made() const noexcept;
   void start_over();
   void reserve(std::uint64_t bytes);
   void settle_direct();
@@ -85,6 +87,7 @@ class Descriptor {
 
   const pid_t owner_;
   int fd_ = -1;
+  bool made_ = false;  // the file is new, and nobody else's yet
   FileFacts facts_;
   std::shared_ptr<WriteState> writing_;
   mutable std::atomic<bool> finished_{false};

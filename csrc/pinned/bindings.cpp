@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <exception>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -36,18 +37,30 @@ void raise_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-std::shared_ptr<Pool> make_pool(int64_t capacity, const std::string& page_lock, bool huge_pages,
+// A number of bytes; one that does not fit in 64 bits becomes the nearest that does, which is refused with its name.
+int64_t bytes_of(const py::handle& number) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(number.ptr()));
+  if (!index) throw py::error_already_set();
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (overflow == 0) return value;
+  return overflow > 0 ? std::numeric_limits<int64_t>::max() : std::numeric_limits<int64_t>::min();
+}
+
+std::shared_ptr<Pool> make_pool(const py::object& capacity, const std::string& page_lock, bool huge_pages,
                                 std::optional<int> touch_threads, std::optional<int> numa_node,
-                                int64_t slab_bytes) {
-  const PoolOptions options{capacity,      parse_page_lock_mode(page_lock), huge_pages, touch_threads, numa_node,
-                            slab_bytes};
+                                const py::object& slab_bytes) {
+  const PoolOptions options{bytes_of(capacity), parse_page_lock_mode(page_lock), huge_pages, touch_threads, numa_node,
+                            bytes_of(slab_bytes)};
   const py::gil_scoped_release no_gil;
   return Pool::create(options);
 }
 
 // The common case never waits and keeps the GIL: letting go of it may cost a thread switch (5 ms). That
 // cannot deadlock, because nobody takes the GIL while holding the pool's mutex.
-std::unique_ptr<Region> acquire(Pool& pool, int64_t nbytes, double timeout) {
+std::unique_ptr<Region> acquire(Pool& pool, const py::object& wanted, double timeout) {
+  const int64_t nbytes = bytes_of(wanted);
   if (!(timeout > 0)) return pool.acquire(nbytes, timeout, [] {});
   if (auto region = pool.try_acquire(nbytes)) return region;
   const py::gil_scoped_release no_gil;

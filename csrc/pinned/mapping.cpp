@@ -41,18 +41,18 @@ Mapping::Mapping(size_t bytes, size_t slab_bytes, bool huge, std::optional<int> 
   if (reserved_ == MAP_FAILED) throw_refused("mmap", bytes, errno);
   const auto first = reinterpret_cast<uintptr_t>(reserved_) + kPageBytes;
   data_ = reinterpret_cast<std::byte*>(round_up(first, alignment));
-  for (size_t at = 0; at < size_; at += slab_bytes) {
-    const char* const refused = make_slab(data_ + at, std::min(slab_bytes, size_ - at), huge, node);
-    if (refused == nullptr) continue;
-    const int error = errno;
-    munmap(reserved_, reserved_bytes_);
-    throw_refused(refused, bytes, error);
-  }
+  // In one call: that is what the kernel's overcommit heuristic weighs. Slab by slab it would grant more than there is.
+  const char* refused = mprotect(data_, size_, PROT_READ | PROT_WRITE) == 0 ? nullptr : "mprotect";
+  for (size_t at = 0; refused == nullptr && at < size_; at += slab_bytes)
+    refused = make_slab(data_ + at, std::min(slab_bytes, size_ - at), huge, node);
+  if (refused == nullptr) return;
+  const int error = errno;
+  munmap(reserved_, reserved_bytes_);
+  throw_refused(refused, bytes, error);
 }
 
 // Returns nullptr, or the call that was refused, with errno.
 const char* Mapping::make_slab(std::byte* slab, size_t bytes, bool huge, std::optional<int> node) {
-  if (mprotect(slab, bytes, PROT_READ | PROT_WRITE) != 0) return "mprotect";
   if (madvise(slab, bytes, MADV_DONTFORK) != 0) return "madvise(MADV_DONTFORK)";
   // Advice only: a kernel without transparent huge pages refuses it, and huge_bytes() then says 0.
   madvise(slab, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);

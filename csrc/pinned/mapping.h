@@ -23,8 +23,8 @@ static_assert(kSlabBytes % kHugePageBytes == 0, "no huge page straddles a slab's
 //     reserved:  | PROT_NONE | slab 0 | slab 1 | ... | the last, maybe shorter | PROT_NONE |
 //                            ^ data()       read and write        data() + size() ^
 //
-// The addresses are one range, so that a weight longer than a slab is contiguous; every slab is made
-// accessible, advised and bound by itself. The inaccessible edges stay: they trap an overrun, and they keep
+// The addresses are one range, so that a weight longer than a slab is contiguous. It is made accessible at once
+// and advised and bound slab by slab. The inaccessible edges stay: they trap an overrun, and they keep
 // the kernel from merging this mapping with a neighbour's, so that its entries in /proc/self/smaps speak of
 // this mapping alone.
 class Mapping {

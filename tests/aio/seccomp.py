@@ -15,6 +15,7 @@ X86_64 = {
     "io_uring_setup": 425,
     "mbind": 237,
     "io_uring_enter": 426,
+    "openat": 257,
     "seccomp": 317,
 }
 AARCH64 = {
@@ -24,6 +25,7 @@ AARCH64 = {
     "io_uring_setup": 425,
     "mbind": 235,
     "io_uring_enter": 426,
+    "openat": 56,
     "seccomp": 277,
 }
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}.get(platform.machine(), {})

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from zinfer.aio import File
+from zinfer.aio import Engine, File
 from zinfer.errors import ClosedError, DriveError, OptionError
 
-from .conftest import ALIGNMENT
+from .conftest import ALIGNMENT, DEADLINE, Memory, read, word_bytes
 
 
 def test_a_file_tells_its_facts(words):
@@ -39,6 +39,72 @@ def test_auto_falls_back_where_o_direct_is_refused():
 def test_an_unknown_mode_is_refused(words):
     with pytest.raises(OptionError, match="maybe"):
         File(words[0], direct="maybe")
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path])
+def test_a_path_with_a_nul_is_refused_and_what_it_begins_with_keeps_its_bytes(tmp_path, kind):
+    path = tmp_path / "precious"
+    path.write_bytes(b"x" * 100)
+    for mode in ("r", "w"):
+        with pytest.raises(OptionError, match=r"path.*NUL.*precious\\x00\.new"):
+            File(kind(f"{path}\0.new"), mode)
+    assert path.read_bytes() == b"x" * 100
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path])
+def test_a_path_may_be_a_str_bytes_or_a_path_object(words, kind):
+    file = File(kind(words[0]))
+    assert (file.path, file.size) == (words[0], len(words[1]))
+
+
+def test_what_is_no_path_is_a_type_error():
+    for wrong in (3, None, 1.5):
+        with pytest.raises(TypeError, match=r"str, bytes or os\.PathLike"):
+            File(wrong)
+
+
+@pytest.fixture
+def latin_path(tmp_path):
+    """A name that is not UTF-8, as a checkpoint unpacked from an old archive may have."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le")
+    try:
+        Path(path).write_bytes(word_bytes(10000))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    return path
+
+
+def test_a_name_that_is_not_utf8_is_read_and_written(latin_path):
+    memory = Memory(10000)
+    engine, file = Engine("threads"), File(latin_path)
+    assert file.path == latin_path
+    assert read(engine, file, 0, 10000, memory).wait(DEADLINE)
+    assert memory.bytes_at(0, 10000) == word_bytes(10000)
+    written = File(latin_path + "2", "w")
+    assert engine.write([(written, 0, 10000, memory.address, False)], memory).wait(DEADLINE)
+    written.close()
+    assert Path(latin_path + "2").read_bytes() == word_bytes(10000)
+
+
+def test_errors_name_a_file_whose_name_is_not_utf8(latin_path):
+    missing = latin_path + "-missing"
+    with pytest.raises(DriveError) as caught:
+        File(missing)
+    assert caught.value.path == missing and missing in str(caught.value)
+    engine, file, memory = Engine("faults", faults=[("error", errno.EIO)]), File(latin_path), Memory(100)
+    with pytest.raises(DriveError) as caught:
+        read(engine, file, 0, 100, memory).wait(DEADLINE)
+    assert caught.value.path == latin_path and latin_path in str(caught.value)
+    with pytest.raises(OptionError) as refused:
+        file.sync()
+    assert latin_path in str(refused.value)
+    with pytest.raises(ValueError, match="negative") as bad:
+        read(engine, file, -1, 100, memory)
+    assert latin_path in str(bad.value)
+    file.close()
+    with pytest.raises(ClosedError) as closed:
+        file.changed()
+    assert latin_path in str(closed.value)
 
 
 @pytest.mark.parametrize("direct", ["auto", "on", "off"])

@@ -117,6 +117,11 @@ def test_a_bad_extent_stops_the_whole_request(backend, words, make_engine):
         ((file, 2**62, 2**62, where, False), DriveError, "size"),
         ((closed, 0, 5, where, False), ClosedError, "closed"),
         ((file, 0, 5), ValueError, "extent"),
+        ((words[0], 0, 5, where, False), TypeError, r"first item is a File .* not str"),
+        ((None, 0, 5, where, False), TypeError, r"first item is a File .* not NoneType"),
+        ((file, 0.5, 5, where, False), TypeError, "integer"),
+        ((file, "0", 5, where, False), TypeError, "integer"),
+        (5, TypeError, "int"),
     ]:
         with pytest.raises(kind, match=text):
             engine.read([good, bad], memory)

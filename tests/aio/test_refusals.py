@@ -182,6 +182,38 @@ engine.close()
     )
 
 
+@needs_seccomp
+@pytest.mark.parametrize("direct", ["auto", "off"])
+def test_a_file_that_another_made_just_before_the_open_is_not_removed_when_it_cannot_be_had(
+    words, tmp_path, direct
+):
+    run_refused(
+        f"""
+import os, stat
+from tests.aio.seccomp import answer
+new, armed = sys.argv[2], []
+def another_makes_it():
+    "When it is looked for there is nothing; before it is opened there is."
+    while True:
+        if armed:
+            armed.clear()
+            os.mknod(new, 0o600 | stat.S_IFREG)
+        yield 0
+answer("openat", another_makes_it())
+armed.append(True)
+try:
+    File(new, "w", size=1 << 60, direct={direct!r})
+except DriveError as error:
+    assert error.backend == "fallocate", error
+else:
+    raise SystemExit("reserved")
+assert not armed and os.path.exists(new)
+""",
+        words,
+        str(tmp_path / "new"),
+    )
+
+
 @pytest.mark.parametrize("backend", ["auto", "io_uring", "libaio", "threads"])
 def test_without_descriptors_an_engine_is_made_with_less_or_refused_with_the_remedy(words, backend):
     run_refused(

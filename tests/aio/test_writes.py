@@ -317,6 +317,27 @@ def test_w_creates_or_empties_and_size_reserves(new_path, direct):
     assert contents_of(path) == b""
 
 
+def test_a_new_file_that_cannot_be_had_is_removed_and_an_old_one_is_not(new_path, direct):
+    path = new_path()
+    for existed in (False, True):
+        if existed:
+            File(path, "w", direct=direct).close()
+        with pytest.raises(DriveError, match="cannot reserve"):
+            File(path, "w", size=1 << 60, direct=direct)
+        assert os.path.exists(path) is existed
+
+
+def test_a_link_found_under_the_name_is_not_removed_when_its_file_cannot_be_had(new_path, direct):
+    """Nothing is there as stat has it, and yet the open finds something: as when another made it in between."""
+    link, target = new_path(), new_path()
+    os.symlink(target, link)
+    with pytest.raises(DriveError, match="cannot reserve"):
+        File(link, "w", size=1 << 60, direct=direct)
+    assert os.path.islink(link)
+    File(link, "w", size=5000, direct=direct).close()
+    assert contents_of(target) == bytes(5000)
+
+
 def test_a_file_is_written_by_one_file_object_and_one_engine_at_a_time(new_path, make_engine):
     path = new_path()
     file = File(path, "w")

@@ -73,7 +73,7 @@ def test_a_refused_request_fits_once_its_neighbours_are_joined():
     assert pool.acquire(3 * PAGE) is not None
 
 
-@pytest.mark.parametrize("capacity", [0, -1])
+@pytest.mark.parametrize("capacity", [0, -1, -(1 << 70)])
 def test_a_capacity_below_one_is_a_value_error(capacity):
     with pytest.raises(ValueError, match="capacity"):
         Pool(capacity)
@@ -88,6 +88,7 @@ def test_a_capacity_below_one_is_a_value_error(capacity):
         {"slab_bytes": 0},
         {"slab_bytes": -2 * MIB},
         {"slab_bytes": 3 * MIB},
+        {"slab_bytes": 1 << 70},
         {"slab_bytes": 1024 * MIB + 2 * MIB},
         {"numa_node": -1},
     ],
@@ -113,12 +114,42 @@ def test_a_timeout_that_is_no_duration_is_a_value_error(timeout):
 def test_a_request_beyond_the_capacity_is_a_budget_error_at_once(timeout):
     with pytest.raises(BudgetError, match=f"{17 * PAGE}.*{16 * PAGE}"):
         small_pool(16).acquire(16 * PAGE + 1, timeout=timeout)
+    with pytest.raises(BudgetError, match=f"cannot fit.*{16 * PAGE}"):
+        small_pool(16).acquire(1 << 70, timeout=timeout)
 
 
-@pytest.mark.parametrize("capacity", [1 << 50, (1 << 63) - 1])
+@pytest.mark.parametrize("capacity", [1 << 50, (1 << 63) - 1, 1 << 63, 1 << 70])
 def test_a_pool_larger_than_the_address_space_is_a_budget_error_with_size_and_errno(capacity):
     with pytest.raises(BudgetError, match=r"cannot map \d+ bytes .*errno 12"):
         Pool(capacity)
+
+
+def test_a_size_that_is_no_integer_is_a_type_error():
+    for wrong in (1.5, "4096", None):
+        with pytest.raises(TypeError, match="integer"):
+            Pool(wrong)
+
+
+def test_a_pool_that_the_machine_could_never_hold_is_a_budget_error_before_a_page_is_touched():
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this kernel promises memory without looking at what it has")
+    # Were it granted, it would be touched: then this child dies of its CPU limit, or is the first to be killed.
+    output = run_python("""
+        import resource
+        from pathlib import Path
+        from zinfer.errors import BudgetError
+        from zinfer.pinned import Pool
+
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + 2
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        try:
+            Pool(1 << 45, page_lock="off", huge_pages=False, touch_threads=1)
+        except BudgetError as error:
+            print(error)
+    """)
+    assert f"cannot map {1 << 45} bytes" in output and "mprotect" in output and "max_memory" in output
 
 
 def test_a_large_pool_sits_on_huge_pages_and_aligned():

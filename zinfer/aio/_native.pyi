@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Literal, TypedDict
 
 class Stats(TypedDict):
@@ -28,18 +29,22 @@ class File:
     "fallocate", errno ENOSPC) tells what is needed and what is free, and removes the file if it is new. A file
     that was given its size is also the one that libaio writes without blocking. It grows when written beyond.
     It is written by one `File` (flock) and by one engine at a time.
+
+    A path need not be UTF-8; `OptionError` for one with a NUL character.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | bytes | PathLike[str] | PathLike[bytes],
         mode: Literal["r", "w"] = "r",
         *,
         size: int | None = None,
         direct: Literal["auto", "on", "off"] = "auto",
     ) -> None: ...
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """As it was given, as a str: `os.fsdecode` of it."""
+
     @property
     def size(self) -> int:
         """Bytes: at open; when written, `size` or the end of what has been written, whichever is more."""

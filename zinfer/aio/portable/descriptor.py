@@ -49,14 +49,17 @@ class Descriptor:
         self.fd = -1
         self._owner = os.getpid()
         self._finished = False
+        self._made = False  # the file is new, and nobody else's yet
         existed = self._look()
         try:
-            self._open(direct)
+            if mode == "w" and not existed:
+                self._create(direct)
+            if self.fd < 0:
+                self._open(direct)
             self._settle(direct)
         except BaseException:
-            if self.fd >= 0 and mode == "w" and not existed:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)  # made for nothing
+            if self._made:
+                self._remove()
             if (
                 self.fd >= 0
             ):  # now: the error's traceback holds this object, for as long as anybody holds the error
@@ -136,6 +139,33 @@ class Descriptor:
             self._cannot_open(error, "check the path and its permissions")
         return True
 
+    def _create(self, direct: Direct) -> None:
+        """Make the file, if nobody else has since it was found missing: only then is it ours to remove on a failure.
+
+        Any other outcome leaves `fd` at -1, and `_open` finds out what is there. O_DIRECT is set afterwards, for an
+        open that is refused it may have made the file all the same.
+        """
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            self.fd = os.open(self.path, flags, PERMISSIONS)
+        except OSError:
+            return
+        self._made = True
+        if direct == "off":
+            self.direct_reason = 'direct="off"'
+            return
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_DIRECT)
+            self.direct = True
+        except OSError as error:
+            self.direct_reason = f"O_DIRECT open: {error.strerror}"
+
+    def _remove(self) -> None:
+        """Made for nothing; unless another file has the name by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.fd), os.lstat(self.path)):
+                os.unlink(self.path)
+
     def _open(self, direct: Direct) -> None:
         # O_NONBLOCK: a FIFO cannot hang the open.
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if self.mode == "w" else os.O_RDONLY)
@@ -175,6 +205,7 @@ class Descriptor:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._made = False  # another was quicker to lock what we made: it is his
             taken = OSError(errno.EWOULDBLOCK, "it is being written already")
             self._cannot_open(taken, "close the File that writes it first")
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from typing import SupportsIndex
 
 from zinfer.aio.portable.descriptor import Descriptor, Direct, Identity, Mode
@@ -17,10 +18,13 @@ class File:
     """
 
     def __init__(
-        self, path: str, mode: Mode = "r", *, size: int | None = None, direct: Direct = "auto"
+        self,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        mode: Mode = "r",
+        *,
+        size: int | None = None,
+        direct: Direct = "auto",
     ) -> None:
-        if not isinstance(path, str):
-            raise TypeError(f"path must be a str, not {type(path).__name__}")
         if direct not in ("auto", "on", "off"):
             raise OptionError(f'direct must be "auto", "on" or "off", not "{direct}"')
         if mode not in ("r", "w"):
@@ -30,9 +34,12 @@ class File:
         nbytes = 0 if size is None else index_of("size", size)
         if nbytes < 0:
             raise OptionError(f"size must not be negative, but is {nbytes}")
-        descriptor = Descriptor(path, mode, nbytes, direct)
+        decoded = os.fsdecode(path)
+        if "\0" in decoded:
+            raise OptionError(f"path must not contain a NUL character, but is {path!r}")
+        descriptor = Descriptor(decoded, mode, nbytes, direct)
         self._mode = mode
-        self._path = path
+        self._path = decoded
         self._size = descriptor.size
         self._direct = descriptor.direct
         self._direct_reason = descriptor.direct_reason
@@ -43,7 +50,7 @@ class File:
 
     @property
     def path(self) -> str:
-        """As it was given."""
+        """As it was given, as a str: `os.fsdecode` of it."""
         return self._path
 
     @property
