@@ -76,10 +76,10 @@ def test_files_of_two_devices_are_read_by_two_engines_into_one_request(two):
     for number in range(4):
         start = 100 + 5 * number
         assert memory.bytes_at(number * 10_000, 10_000) == word_bytes(SIZE)[start : start + 10_000]
-    by_device = drives.stats_by_device
-    assert [figures["bytes_requested"] for figures in by_device.values()] == [20_000, 20_000]
+    each = [engine.stats for _, engine in drives._engines]
+    assert [figures["bytes_requested"] for figures in each] == [20_000, 20_000]
     assert drives.stats["bytes_requested"] == 40_000
-    assert drives.stats.keys() == next(iter(by_device.values())).keys()
+    assert drives.stats.keys() == each[0].keys()
 
 
 def test_reading_nothing_is_done_at_once(two):

@@ -140,11 +140,6 @@ class Drives:
         return totals
 
     @property
-    def stats_by_device(self) -> dict[str, dict[str, Any]]:
-        """The stats of each device's engine, by the device's name."""
-        return {device.name: dict(engine.stats) for device, engine in self._engines}
-
-    @property
     def bounce_bytes(self) -> int:
         """Bytes of bounce memory that all engines together may allocate, at most."""
         return sum(engine.bounce_bytes for _, engine in self._engines)
