@@ -329,7 +329,8 @@ def test_a_member_written_to_while_it_is_streamed(number, saved, folders):
         check_device(model)
 
 
-def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew(saved, drives):
+@pytest.mark.parametrize("lost", ["folder", "members"])
+def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew(lost, saved, drives):
     folder = saved("llama")
     with run_tightly(folder, nvme_path=drives) as model:
         entry = model.zinfer.report().source
@@ -337,6 +338,12 @@ def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew
     shutil.rmtree(gone)
     with pytest.raises(CheckpointError, match=f"mount {gone}, or pass nvme_path again"):
         zinfer.run(entry, offload="nvme")
+    if lost == "members":
+        gone.mkdir()
+    else:
+        with pytest.raises(StoreError, match=f"is the drive mounted at .*delete {entry} to have it"):
+            zinfer.run(folder, nvme_path=drives, offload="nvme")
+        shutil.rmtree(entry)
     with run_tightly(folder, nvme_path=drives) as model:
         assert model.zinfer.report().source == entry
         assert tokens(model) == tokens(architectures.build("llama"))
