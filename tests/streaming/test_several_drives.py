@@ -349,6 +349,15 @@ def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew
         assert tokens(model) == tokens(architectures.build("llama"))
 
 
+def test_the_folder_of_another_member_names_that_of_the_first(saved, drives, tmp_path):
+    with run_tightly(saved("llama"), nvme_path=drives) as model:
+        entry, other = model.zinfer.report().source, members(model, drives)[1].parent
+    told = f"member 1 of a checkpoint striped over 2 drives; use the folder of member 0, {entry}"
+    for options in ({}, {"nvme_path": tmp_path}, {"config": transformers.AutoConfig.from_pretrained(entry)}):
+        with pytest.raises(CheckpointError, match=told):
+            zinfer.run(other, **options)
+
+
 # Options
 
 
