@@ -11,8 +11,8 @@ from typing import Any
 from zinfer.aio import Engine, File
 from zinfer.aio.block_device import BlockDevice, block_device_of
 from zinfer.aio.joint import JointRequest, Waitable
-from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.aio.profile import Profile, load_profile
+from zinfer.aio.remedy import descriptor_remedy
 from zinfer.aio.settings import Settings, divide_bounce, settings_for
 from zinfer.errors import DriveError, OptionError
 
@@ -52,7 +52,8 @@ class Drives:
     Which files share a device is decided by device numbers, not by paths: partitions of one disk share an engine,
     so do folders of one filesystem. Owns files and engines until `close`. Any thread may call any method.
 
-    Raises DriveError for a file that cannot be opened or whose drive cannot be told, BudgetError for more drives than `bounce_bytes` serves.
+    Raises DriveError for a file that cannot be opened or whose drive cannot be told, and BudgetError for more drives
+    than `bounce_bytes` serves.
     """
 
     def __init__(self, paths: Iterable[str], bounce_bytes: int) -> None:
