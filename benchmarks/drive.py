@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import BenchmarkError
-from zinfer.aio.block_device import MOUNTS, Mount, mount_of
+from zinfer.aio.block_device import Mount, mount_of, read_mounts
 
 SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the drive's own sector
 KINDS = {"nvme": "nvme", "vd": "virtio", "sd": "scsi", "xvd": "xen", "dm-": "mapped", "md": "raid"}
@@ -55,7 +55,7 @@ class Drive:
 
 def drive_of(path: str) -> Drive:
     """The drive that holds `path`. Raises BenchmarkError where none is counted (tmpfs, network, overlay)."""
-    mounted = mount_of(os.path.realpath(path), MOUNTS.read_text()) or Mount("/", "unknown", "none")
+    mounted = mount_of(os.path.realpath(path), read_mounts()) or Mount("/", "unknown", "none")
     candidates = [os.stat(path).st_dev]
     if os.path.exists(mounted.device):
         candidates.append(os.stat(mounted.device).st_rdev)  # btrfs and the like have a made-up st_dev

@@ -11,6 +11,7 @@ from zinfer import store
 from zinfer.errors import CheckpointError, OptionError
 from zinfer.weights.checkpoint import expected_shards, find_shards
 from zinfer.weights.loading import HUB_KEYWORDS
+from zinfer.weights.packed import read_pack
 
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"]
 
@@ -24,7 +25,9 @@ def local_folder(name: str, options: dict[str, Any], subfolder: str = "", varian
     if os.path.isdir(name):
         if hub:
             raise OptionError(f"{sorted(hub)} has no effect: {name} is a local folder")
-        return os.path.join(name, subfolder) if subfolder else name
+        folder = os.path.join(name, subfolder) if subfolder else name
+        _refuse_members(folder)
+        return folder
     if os.path.exists(name):
         raise CheckpointError(f"{name}: not a folder; give the folder that holds config.json and the shards")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
@@ -36,6 +39,19 @@ def local_folder(name: str, options: dict[str, Any], subfolder: str = "", varian
     if find_shards(folder, variant) is None:
         _download(name, hub, [f"{subfolder}/pytorch_model*" if subfolder else "pytorch_model*"])
     return folder
+
+
+def _refuse_members(folder: str) -> None:
+    """Raise CheckpointError naming the folder to use, where `folder` has another drive's share of the shards.
+
+    It has no config.json, and to say that would help nobody.
+    """
+    if os.path.isdir(folder) and not os.path.lexists(os.path.join(folder, "config.json")):
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if name.endswith(".safetensors") and os.path.isfile(path):
+                read_pack(path)
+                return  # one tells
 
 
 def _download(name: str, hub: dict[str, Any], patterns: list[str]) -> str:

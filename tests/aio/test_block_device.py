@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from zinfer.aio import block_device
-from zinfer.aio.block_device import BlockDevice, Mount, block_device_of, mount_of
+from zinfer.aio.block_device import BlockDevice, Mount, block_device_of, mount_of, read_mounts
 
 
 def test_the_deepest_and_latest_mount_holds_a_path():
@@ -15,10 +16,71 @@ def test_the_deepest_and_latest_mount_holds_a_path():
         "31 27 259:1 / /mnt/my\\040drive rw - xfs /dev/nvme0n1 rw\n"
         "32 27 0:26 / /mnt rw - nfs4 server:/mnt rw\n"
     )
-    assert mount_of("/mnt/my drive/models", text) == Mount("/mnt/my drive", "xfs", "/dev/nvme0n1")
-    assert mount_of("/mnt/other", text) == Mount("/mnt", "nfs4", "server:/mnt")
-    assert mount_of("/mntother", text) == Mount("/", "ext4", "/dev/vda")
+    assert mount_of("/mnt/my drive/models", text) == Mount("/mnt/my drive", "xfs", "/dev/nvme0n1", "259:1")
+    assert mount_of("/mnt/other", text) == Mount("/mnt", "nfs4", "server:/mnt", "0:26")
+    assert mount_of("/mntother", text) == Mount("/", "ext4", "/dev/vda", "254:0")
     assert mount_of("/x", "") is None
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "café".encode(), b"a\x85b", "x\u2028y".encode(), b"a\x0bb"])
+def test_a_mount_point_may_have_any_name(name, tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(
+        b"27 1 0:1 / / rw - ext4 /dev/vda rw\n31 27 0:2 / /mnt/" + name + b" rw - xfs /dev/vdb rw\n"
+    )
+    monkeypatch.setattr(block_device, "MOUNTS", mounts)
+    point = os.fsdecode(b"/mnt/" + name)
+    assert mount_of(point + "/models", read_mounts()) == Mount(point, "xfs", "/dev/vdb", "0:2")
+    assert mount_of("/mnt", read_mounts()) == Mount("/", "ext4", "/dev/vda", "0:1")
+
+
+def test_an_escape_in_a_mount_point_is_a_byte_of_its_name():
+    text = "31 27 0:2 / /mnt/caf\\303\\251\\040x\\134y\\377 rw - xfs /dev/vdb rw\n"
+    point = os.fsdecode("/mnt/café x\\y".encode() + b"\xff")
+    assert mount_of(point, text) == Mount(point, "xfs", "/dev/vdb", "0:2")
+
+
+def test_without_a_list_of_mounts_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_device, "MOUNTS", tmp_path / "absent")
+    assert read_mounts() == "" and mount_of("/", read_mounts()) is None
+    assert block_device_of(str(tmp_path)) is not None
+
+
+@pytest.fixture
+def devices_of(tmp_path, monkeypatch):
+    """devices_of("filesystem source", ...) -> the devices of folders on such mounts, none of them on a disk."""
+
+    def look(*kinds: str) -> list[BlockDevice]:
+        folders = [tmp_path / str(number) for number in range(len(kinds))]
+        lines = []
+        for number, (folder, kind) in enumerate(zip(folders, kinds, strict=True)):
+            folder.mkdir()
+            lines.append(f"{30 + number} 27 0:{40 + number} / {folder} rw - {kind} rw\n")
+        (tmp_path / "mountinfo").write_text("".join(lines))
+        monkeypatch.setattr(block_device, "MOUNTS", tmp_path / "mountinfo")
+        monkeypatch.setattr(block_device, "BLOCK_DEVICES", tmp_path / "none")
+        return [block_device_of(str(folder)) for folder in folders]
+
+    return look
+
+
+def test_two_servers_are_two_devices_with_keys_of_their_own(devices_of):
+    one, other = devices_of("nfs4 one:/models", "nfs4 other:/models")
+    assert one.key == "nfs4-one_models" and other.key == "nfs4-other_models"
+    assert one != other and one.name == other.name == "nfs4"
+
+
+@pytest.mark.parametrize("kinds", [("tmpfs tmpfs", "tmpfs tmpfs"), ("nfs4 a:/x/y", "nfs4 a:/x_y")])
+def test_two_filesystems_that_share_a_key_are_two_devices_all_the_same(kinds, devices_of):
+    one, other = devices_of(*kinds)
+    assert one.key == other.key
+    assert one != other and len({one, other}) == 2
+
+
+def test_folders_of_one_filesystem_without_a_device_are_on_one(devices_of, tmp_path):
+    (device,) = devices_of("tmpfs tmpfs")
+    (tmp_path / "0" / "below").mkdir()
+    assert block_device_of(str(tmp_path / "0" / "below")) == device
 
 
 def test_a_path_that_is_not_there_has_no_device(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -76,10 +77,10 @@ def test_files_of_two_devices_are_read_by_two_engines_into_one_request(two):
     for number in range(4):
         start = 100 + 5 * number
         assert memory.bytes_at(number * 10_000, 10_000) == word_bytes(SIZE)[start : start + 10_000]
-    by_device = drives.stats_by_device
-    assert [figures["bytes_requested"] for figures in by_device.values()] == [20_000, 20_000]
+    each = [engine.stats for _, engine in drives._engines]
+    assert [figures["bytes_requested"] for figures in each] == [20_000, 20_000]
     assert drives.stats["bytes_requested"] == 40_000
-    assert drives.stats.keys() == next(iter(by_device.values())).keys()
+    assert drives.stats.keys() == each[0].keys()
 
 
 def test_reading_nothing_is_done_at_once(two):
@@ -124,6 +125,43 @@ def test_a_part_that_is_refused_takes_back_those_that_began(two):
 def test_a_missing_file_closes_those_that_were_opened(tmp_path):
     with pytest.raises(DriveError, match="absent"):
         Drives([words(tmp_path), str(tmp_path / "absent")], BOUNCE)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [(errno.EMFILE, "raise `ulimit -n`"), (errno.ENFILE, "fs.file-max"), (errno.EACCES, "Permission denied")],
+)
+def test_a_file_whose_drive_cannot_be_told_is_named(code, remedy, tmp_path, monkeypatch):
+    def failing(path):
+        raise OSError(code, os.strerror(code), "/proc/self/mountinfo")
+
+    monkeypatch.setattr(zinfer.aio.drives, "block_device_of", failing)
+    with pytest.raises(DriveError, match=f"which drive it lies on: .*{remedy}") as caught:
+        Drives([path := words(tmp_path)], BOUNCE)
+    assert (caught.value.path, caught.value.errno, caught.value.backend) == (path, code, "open")
+
+
+def test_running_out_of_descriptors_at_any_moment_is_a_drive_error_with_a_remedy(tmp_path):
+    path, taken = words(tmp_path), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Drives([path], BOUNCE).close()  # everything is imported by now
+    try:
+        for spare in range(4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+            try:
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                for _ in range(min(spare, len(taken))):
+                    os.close(taken.pop())
+            try:
+                Drives([path], BOUNCE).close()
+            except (DriveError, OptionError) as error:
+                assert "ulimit -n" in str(error), (spare, error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def test_a_budget_for_too_few_buffers_is_refused(tmp_path, other):
@@ -200,12 +238,9 @@ def test_a_profile_is_not_used_where_a_file_is_buffered(tmp_path, monkeypatch):
     drives.close()
 
 
-@pytest.mark.parametrize("changes", [{"backend": "libaio"}, {"block_bytes": 512}])
-def test_a_profile_that_no_engine_takes_any_more_is_left_with_a_warning(
-    changes, tmp_path, monkeypatch, caplog
-):
+def test_a_profile_that_no_engine_takes_any_more_is_left_with_a_warning(tmp_path, monkeypatch, caplog):
     path = words(tmp_path)
-    save_profile(block_device_of(path), profile(**changes))
+    save_profile(block_device_of(path), profile(backend="libaio"))
 
     def engine(backend, **options):
         if backend == "libaio":

@@ -40,6 +40,7 @@ def changed(**fields: object) -> str:
         {"depth": 10**9},
         {"depth": True},
         {"block_bytes": 3 << 20},
+        {"block_bytes": 2048},
         {"block_bytes": "4MiB"},
         {"workers": -1},
         {"read_rate": "fast"},

@@ -6,8 +6,9 @@ import threading
 import numpy
 import pytest
 
-from zinfer.errors import BudgetError
+from zinfer.errors import BudgetError, OptionError
 from zinfer.pinned import COMPILED
+from zinfer.pinned.compiled import portable_wanted
 from zinfer.pinned.portable import Pool, Region
 from zinfer.pinned.portable.numa import online_nodes
 
@@ -94,3 +95,22 @@ def test_a_region_that_dies_while_another_thread_has_the_lock_wakes_who_waits():
         assert not other.is_alive()
     thread.join(20)
     assert got[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [(["1", "true", "Yes", "ON", " 1 "], True), (["", "0", "false", "No", "OFF"], False)],
+)
+def test_portable_code_is_asked_for_in_the_usual_words(values, wanted, monkeypatch):
+    for value in values:
+        monkeypatch.setenv("ZINFER_PORTABLE", value)
+        assert portable_wanted() is wanted
+    monkeypatch.delenv("ZINFER_PORTABLE")
+    assert portable_wanted() is False
+
+
+@pytest.mark.parametrize("value", ["2", "maybe", "-1"])
+def test_another_word_is_no_silent_no(value, monkeypatch):
+    monkeypatch.setenv("ZINFER_PORTABLE", value)
+    with pytest.raises(OptionError, match=f'ZINFER_PORTABLE must be "1".*not "{value}"'):
+        portable_wanted()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -402,18 +403,58 @@ def test_a_damaged_shard_is_written_anew_and_no_other(
 
     monkeypatch.setattr(zinfer.store.copying, "copy_file", recording)
     assert copy(checkpoint, folders) == entry
-    assert targets == [SHARDS[1]] and "writing it anew" in caplog.text
+    assert targets == [SHARDS[1]]
+    (told,) = [record.getMessage() for record in caplog.records if "writing it anew" in record.getMessage()]
+    assert told.startswith(f"{entry}/{SHARDS[1]}: ") and "None" not in told
+    assert ("is missing" in told) == (damage == "gone" and number == 0)
     verify(entry)
 
 
-def test_an_entry_missing_from_one_drive_is_written_anew(checkpoint, folders):
+@pytest.mark.parametrize("gone", ["entry", "store"])
+def test_a_drive_that_is_not_mounted_is_asked_for_and_nothing_is_written_below_its_mount_point(
+    gone, checkpoint, folders
+):
     entry = copy(checkpoint, folders)
-    for path in members(entry, folders, ""):
-        if str(path) != entry + "/":
-            last = path
-    for child in list(last.iterdir()):
+    away = members(entry, folders, "")[-1] if gone == "entry" else folders[-1] / "zinfer-store"
+    hidden = away.rename(folders[-1].with_name("unmounted"))
+    before = shards_in(folders)
+    for _ in range(2):
+        with pytest.raises(
+            StoreError, match=rf"is the drive mounted at {folders[-1]}\? mount it, or delete {entry} to have"
+        ):
+            copy(checkpoint, folders)
+    assert shards_in(folders) == before and not away.exists()
+    times = [path.stat().st_mtime_ns for path in before]
+    hidden.rename(away)
+    assert copy(checkpoint, folders) == entry
+    assert [path.stat().st_mtime_ns for path in before] == times
+    verify(entry)
+
+
+def test_an_interrupted_copy_asks_for_a_drive_that_is_not_mounted(checkpoint, two, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, SHARDS[1], KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            copy(checkpoint, two)
+    (two[1] / "zinfer-store").rename(two[1].with_name("unmounted"))
+    with pytest.raises(StoreError, match=rf"is the drive mounted at {two[1]}\?"):
+        copy(checkpoint, two)
+    assert not list(two[1].iterdir())
+
+
+def test_after_deleting_the_entry_from_the_first_drive_it_is_written_anew(checkpoint, folders):
+    entry = copy(checkpoint, folders)
+    for folder in members(entry, folders, ""):
+        if folder != members(entry, folders, "")[1]:
+            shutil.rmtree(folder)
+    assert copy(checkpoint, folders) == entry
+    verify(entry)
+
+
+def test_an_emptied_folder_on_one_drive_is_filled_anew(checkpoint, folders):
+    entry = copy(checkpoint, folders)
+    for child in members(entry, folders, "")[-1].iterdir():
         child.unlink()
-    last.rmdir()
     assert copy(checkpoint, folders) == entry
     verify(entry)
 

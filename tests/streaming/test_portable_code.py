@@ -53,3 +53,25 @@ def test_a_model_streams_bit_equal_with_portable_code(name, saved):
         command, env=environment, cwd=root, capture_output=True, text=True, timeout=DEADLINE, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "zinfer", "--version"],
+        ["-c", "import sys, zinfer.cli; sys.exit(zinfer.cli.aio_bench_main(['--version']))"],
+    ],
+)
+def test_the_commands_take_the_usual_words_for_portable_code(command):
+    root = str(Path(zinfer.__file__).parent.parent)
+    environment = {**os.environ, "ZINFER_PORTABLE": "yes", "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("zinfer ")

@@ -210,7 +210,7 @@ def test_it_is_written_once_wherever_it_lies(saved, folders):
 def test_each_drive_carries_half(saved, drives):
     with run_tightly(saved("llama"), nvme_path=drives) as model:
         tokens(model)
-        one, other = (figures["bytes_requested"] for figures in drives_of(model).stats_by_device.values())
+        one, other = (engine.stats["bytes_requested"] for _, engine in drives_of(model)._engines)
         total = model.zinfer.report().bytes_read
     assert min(one, other) > 0.45 * (one + other)
     assert total >= one + other
@@ -329,7 +329,8 @@ def test_a_member_written_to_while_it_is_streamed(number, saved, folders):
         check_device(model)
 
 
-def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew(saved, drives):
+@pytest.mark.parametrize("lost", ["folder", "members"])
+def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew(lost, saved, drives):
     folder = saved("llama")
     with run_tightly(folder, nvme_path=drives) as model:
         entry = model.zinfer.report().source
@@ -337,9 +338,24 @@ def test_a_drive_that_is_missing_is_named_and_the_checkpoint_can_be_written_anew
     shutil.rmtree(gone)
     with pytest.raises(CheckpointError, match=f"mount {gone}, or pass nvme_path again"):
         zinfer.run(entry, offload="nvme")
+    if lost == "members":
+        gone.mkdir()
+    else:
+        with pytest.raises(StoreError, match=f"is the drive mounted at .*delete {entry} to have it"):
+            zinfer.run(folder, nvme_path=drives, offload="nvme")
+        shutil.rmtree(entry)
     with run_tightly(folder, nvme_path=drives) as model:
         assert model.zinfer.report().source == entry
         assert tokens(model) == tokens(architectures.build("llama"))
+
+
+def test_the_folder_of_another_member_names_that_of_the_first(saved, drives, tmp_path):
+    with run_tightly(saved("llama"), nvme_path=drives) as model:
+        entry, other = model.zinfer.report().source, members(model, drives)[1].parent
+    told = f"member 1 of a checkpoint striped over 2 drives; use the folder of member 0, {entry}"
+    for options in ({}, {"nvme_path": tmp_path}, {"config": transformers.AutoConfig.from_pretrained(entry)}):
+        with pytest.raises(CheckpointError, match=told):
+            zinfer.run(other, **options)
 
 
 # Options

@@ -14,11 +14,12 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo."""
+    """One line of mountinfo; `number`: the filesystem's "major:minor"."""
 
     point: str
     filesystem: str
     device: str
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class BlockDevice:
 
     `key` names it across reboots, fit for a file name: model and serial number where it tells them. `disks`
     counts the drives that share its reads: the members of a RAID set, else 1. `rotational` is what it claims,
-    `numa_node` where it is attached; None where there is nobody to ask.
+    `numa_node` where it is attached; None where there is nobody to ask. `number` tells mounted filesystems with no
+    device of their own apart (NFS, tmpfs): two may well have one name and one key; "" for all others.
     """
 
     key: str
@@ -35,12 +37,13 @@ class BlockDevice:
     disks: int = 1
     rotational: bool | None = None
     numa_node: int | None = None
+    number: str = ""
 
 
 def block_device_of(path: str) -> BlockDevice:
     """The device behind the existing `path`. Raises OSError when there is no such path."""
     number = os.stat(path).st_dev
-    mount = mount_of(os.path.realpath(path), MOUNTS.read_text()) if MOUNTS.exists() else None
+    mount = mount_of(os.path.realpath(path), read_mounts())
     numbers = [number]
     if mount and mount.device.startswith("/") and os.path.exists(mount.device):
         numbers.append(os.stat(mount.device).st_rdev)  # btrfs and its kind: files have a made-up st_dev
@@ -48,28 +51,45 @@ def block_device_of(path: str) -> BlockDevice:
         entry = BLOCK_DEVICES / f"{os.major(candidate)}:{os.minor(candidate)}"
         if entry.exists():
             return _describe(_whole(entry.resolve()))
-    name = f"{mount.filesystem}-{mount.device}" if mount else f"device-{number}"
-    return BlockDevice(_file_name(name), mount.filesystem if mount else "unknown")
+    if mount is None:
+        return BlockDevice(_file_name(f"device-{number}"), "unknown", number=str(number))
+    key = _file_name(f"{mount.filesystem}-{mount.device}")
+    return BlockDevice(key, mount.filesystem, number=mount.number)
+
+
+def read_mounts() -> str:
+    """The text of /proc/self/mountinfo, "" where there is none. Paths in it need not be UTF-8: as os.fsdecode has them.
+
+    Raises OSError when it cannot be read, as where file descriptors have run out.
+    """
+    try:
+        return os.fsdecode(MOUNTS.read_bytes())
+    except FileNotFoundError:
+        return ""
 
 
 def mount_of(real_path: str, mountinfo: str) -> Mount | None:
     """The mount that `real_path` lies on, from the text of /proc/self/mountinfo (see proc(5))."""
     best: Mount | None = None
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):  # not splitlines: names hold what it takes for line ends
         left, dash, right = line.partition(" - ")
         if not dash:
             continue
-        point = _unescape(left.split(" ")[4])
+        fields = left.split(" ")
+        point = _unescape(fields[4])
         inside = real_path == point or real_path.startswith(point.rstrip("/") + "/")
         # Of two mounts on one point the later hides the earlier.
         if inside and (best is None or len(point) >= len(best.point)):
             filesystem, device = right.split(" ")[:2]
-            best = Mount(point, filesystem, _unescape(device))
+            best = Mount(point, filesystem, _unescape(device), fields[2])
     return best
 
 
 def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+    """An escape stands for a byte, not for a character: a name that is UTF-8 may have several in a row."""
+    return os.fsdecode(
+        re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), os.fsencode(text))
+    )
 
 
 def _whole(device: Path) -> Path:

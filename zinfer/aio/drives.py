@@ -12,8 +12,9 @@ from zinfer.aio import Engine, File
 from zinfer.aio.block_device import BlockDevice, block_device_of
 from zinfer.aio.joint import JointRequest, Waitable
 from zinfer.aio.profile import Profile, load_profile
+from zinfer.aio.remedy import descriptor_remedy
 from zinfer.aio.settings import Settings, divide_bounce, settings_for
-from zinfer.errors import OptionError
+from zinfer.errors import DriveError, OptionError
 
 logger = logging.getLogger("zinfer")
 
@@ -51,7 +52,8 @@ class Drives:
     Which files share a device is decided by device numbers, not by paths: partitions of one disk share an engine,
     so do folders of one filesystem. Owns files and engines until `close`. Any thread may call any method.
 
-    Raises DriveError for a file that cannot be opened, BudgetError for more drives than `bounce_bytes` serves.
+    Raises DriveError for a file that cannot be opened or whose drive cannot be told, and BudgetError for more drives
+    than `bounce_bytes` serves.
     """
 
     def __init__(self, paths: Iterable[str], bounce_bytes: int) -> None:
@@ -140,11 +142,6 @@ class Drives:
         return totals
 
     @property
-    def stats_by_device(self) -> dict[str, dict[str, Any]]:
-        """The stats of each device's engine, by the device's name."""
-        return {device.name: dict(engine.stats) for device, engine in self._engines}
-
-    @property
     def bounce_bytes(self) -> int:
         """Bytes of bounce memory that all engines together may allocate, at most."""
         return sum(engine.bounce_bytes for _, engine in self._engines)
@@ -164,13 +161,20 @@ class Drives:
 
 
 def _by_device(files: Iterable[File]) -> dict[BlockDevice, list[File]]:
-    """The files on each block device, both in the order given."""
+    """The files on each block device, both in the order given. Raises DriveError where that cannot be told."""
     device_of: dict[int, BlockDevice] = {}  # by st_dev; two partitions have one each, and one device
     found: dict[BlockDevice, list[File]] = {}
     for file in files:
         number = file.identity[0]
         if number not in device_of:
-            device_of[number] = block_device_of(file.path)
+            try:
+                device_of[number] = block_device_of(file.path)
+            except OSError as error:
+                code = error.errno or 0
+                raise DriveError(
+                    f"{file.path}: cannot find out which drive it lies on: {error.strerror}{descriptor_remedy(code)}",
+                    *(file.path, 0, 0, code, "open"),
+                ) from error
         found.setdefault(device_of[number], []).append(file)
     return found
 

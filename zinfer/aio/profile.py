@@ -22,6 +22,7 @@ SCHEMA = 1
 Backend = Literal["io_uring", "libaio", "threads"]
 BACKENDS: tuple[Backend, ...] = ("io_uring", "libaio", "threads")  # as the engine prefers them
 MAX_DEPTH = 1024
+MIN_BLOCK_BYTES = 4096  # no engine takes less
 MAX_BLOCK_BYTES = 1 << 30
 MAX_WORKERS = 256
 
@@ -47,6 +48,8 @@ class Profile:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} {value!r}")
+        if self.block_bytes < MIN_BLOCK_BYTES:
+            raise ValueError(f"block_bytes {self.block_bytes}, less than {MIN_BLOCK_BYTES}")
         if self.block_bytes & (self.block_bytes - 1):
             raise ValueError(f"block_bytes {self.block_bytes}, not a power of two")
         for name in ("read_rate", "write_rate"):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from zinfer.aio import File
-from zinfer.aio.block_device import MOUNTS, BlockDevice, Mount, block_device_of, mount_of
+from zinfer.aio.block_device import BlockDevice, Mount, block_device_of, mount_of, read_mounts
 from zinfer.aio.probe import BLOCK_BYTES, measure_read_rate
 from zinfer.aio.profile import Profile, load_profile
 from zinfer.errors import DriveError
@@ -55,7 +55,7 @@ def look_at(path: str) -> Drive:
     if not (folder or file):
         return Drive(path, "other", failure=f"{path}: neither a folder nor a regular file")
     try:
-        mount = mount_of(os.path.realpath(path), MOUNTS.read_text()) if MOUNTS.exists() else None
+        mount = mount_of(os.path.realpath(path), read_mounts())
         found = Drive(
             path,
             "folder" if folder else "file",

@@ -1,7 +1,8 @@
 """Whether the compiled modules are in use, for `zinfer.pinned` and `zinfer.aio`, and one warning where they are not.
 
 Where they could not be built, Python code takes their place: slower, never wrong. ZINFER_PORTABLE=1 in the
-environment asks for that, to try it or to work round a fault in the compiled code.
+environment asks for that, to try it or to work round a fault in the compiled code. It is read as the modules are
+imported, before a command could turn an error into a message: so all the usual words for yes and no will do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from zinfer.errors import OptionError
 
 VARIABLE = "ZINFER_PORTABLE"
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 REMEDY = (
     "install g++, and liburing-dev for io_uring, then install zinfer again: "
     "pip install --no-deps --force-reinstall ."
@@ -22,19 +24,19 @@ _warned: list[str] = []
 
 
 def portable_wanted() -> bool:
-    """Whether the environment asks for the portable code. Raises OptionError for a value that is not 0 or 1."""
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
+    """Whether the environment asks for the portable code, in any case of letters. Raises OptionError for other words."""
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    if value not in YES + NO:
         raise OptionError(
             f'{VARIABLE} must be "1" (portable code) or "0" (compiled if it was built), not "{value}"'
         )
-    return value == "1"
+    return value in YES
 
 
 def reason_of(error: ImportError | None) -> str:
     """Why portable code is in use, for people; `error` is None where it was asked for. Warns the first time."""
     if error is None:
-        return f"{VARIABLE}=1 is set"
+        return f"{VARIABLE}={os.environ.get(VARIABLE)} is set"
     if not _warned:
         _warned.append(str(error))
         logger.warning(

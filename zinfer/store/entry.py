@@ -1,6 +1,9 @@
 """One entry of the store: its folder, its manifest, and the lock that keeps two writers apart.
 
 nothing --write--> parts, journal --manifest.json--> complete --a file's size differs--> parts, journal
+
+A striped entry that was begun has its folder on every path. Where one has gone, its drive is most likely not mounted:
+to write the entry anew would fill whatever lies below the mount point, so that is an error.
 """
 
 from __future__ import annotations
@@ -77,13 +80,15 @@ class Entry:
     def obtain(self, write: Callable[[], dict[str, FileRecord]]) -> str:
         """The entry's folder, complete: as it is, or after `write` has written its files under the lock.
 
-        `write` returns what it wrote, by file name relative to the folder. Raises StoreError.
+        `write` returns what it wrote, by file name relative to the folder. Raises StoreError, also where a drive
+        of a striped entry seems not to be mounted.
         """
-        if not self._is_complete():
+        if not self._is_complete(logging.DEBUG):  # what is wrong is said once, and not while others mend it
+            self._check_mounted()
             for root in self.roots:
                 prepare_root(root)
             with self._lock():
-                if not self._is_complete():
+                if not self._is_complete(logging.WARNING):
                     for folder in self.folders:
                         with write_errors(folder, lambda: 0):
                             os.makedirs(folder, exist_ok=True)
@@ -104,9 +109,7 @@ class Entry:
     def done(self) -> dict[str, FileRecord]:
         """The files that an earlier, interrupted writing finished and that still have the right size."""
         records = _read_records(self.path(JOURNAL), self._about) or {}
-        return {
-            name: record for name, record in records.items() if _size(self.path(name), record) == record.size
-        }
+        return {name: record for name, record in records.items() if not _fault(self.path(name), record)}
 
     def note(self, records: dict[str, FileRecord]) -> None:
         """Remember `records` as finished files, should this writing be interrupted."""
@@ -122,15 +125,31 @@ class Entry:
                     else:
                         os.unlink(child.path)
 
-    def _is_complete(self) -> bool:
-        records = _read_records(self.path(MANIFEST), self._about)
+    def _is_complete(self, level: int) -> bool:
+        """Whether all is there; logs at `level` what is not as the manifest says."""
+        records = _read_records(self.path(MANIFEST), self._about, level)
         for name, record in (records or {}).items():
-            if (size := _size(self.path(name), record)) != record.size:
-                logger.warning(
-                    "%s: has %s bytes, not %d; writing it anew", self.path(name), size, record.size
-                )
+            if fault := _fault(self.path(name), record):
+                logger.log(level, "%s: %s; writing it anew", self.path(name), fault)
                 return False
         return records is not None
+
+    def _check_mounted(self) -> None:
+        """Raise StoreError where striped files of this entry are known of and one of its folders has gone."""
+        records = [
+            record
+            for name in (MANIFEST, JOURNAL)
+            for record in (_read_records(self.path(name), self._about, logging.DEBUG) or {}).values()
+        ]
+        if not any(record.members > 1 for record in records):
+            return
+        for root, folder in zip(self.roots, self.folders, strict=True):
+            if not os.path.isdir(folder):
+                path = os.path.dirname(root)
+                raise StoreError(
+                    f"{folder}: not there, but {self.folder} is striped over it: is the drive mounted at {path}? "
+                    f"mount it, or delete {self.folder} to have it written anew"
+                )
 
     def _withdraw(self) -> None:
         """Make a damaged entry an unfinished one, whose sound files count as done."""
@@ -189,8 +208,13 @@ def verify(entry: str) -> None:
             )
 
 
-def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | None:
-    """The files a manifest lists; None where it is missing, malformed, or not `about` the same thing."""
+def _read_records(
+    path: str, about: dict[str, Any], level: int = logging.WARNING
+) -> dict[str, FileRecord] | None:
+    """The files a manifest lists; None where it is missing, malformed, or not `about` the same thing.
+
+    Logs at `level` what is wrong with one that is there.
+    """
     if not os.path.lexists(path):
         return None
     try:
@@ -202,7 +226,7 @@ def _read_records(path: str, about: dict[str, Any]) -> dict[str, FileRecord] | N
             raise ValueError(f"{quote(outside)} are no names of files in this folder")
         return {name: FileRecord(**record) for name, record in manifest["files"].items()}
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s: not used: %s", path, error)
+        logger.log(level, "%s: not used: %s", path, error)
         return None
 
 
@@ -222,23 +246,27 @@ def _hash(path: str, record: FileRecord) -> tuple[int, str]:
     return hash_striped(pack.members, pack.geometry)
 
 
-def _size(path: str, record: FileRecord) -> int | None:
-    """Bytes of the file; None where there is no such file, nor can be.
-
-    Of a striped shard, None unless its members are all there and of one set.
-    """
+def _fault(path: str, record: FileRecord) -> str:
+    """What is wrong with the file, as far as its size, or its members' headers and sizes, tell; "" where nothing is."""
     try:
-        if record.members > 1:
-            pack = read_pack(path)
-            return pack.size if pack and len(pack.members) == record.members else None
-        return os.stat(path).st_size
+        if record.members == 1:
+            size = os.stat(path).st_size
+        elif not os.path.lexists(path):
+            return "is missing"
+        elif (pack := read_pack(path)) is None:
+            return "its header is gone"
+        elif len(pack.members) != record.members:
+            return f"has {len(pack.members)} members, not {record.members}"
+        else:
+            size = pack.size
     except CheckpointError as error:
-        logger.info("%s", error)
-        return None
+        told = str(error).rsplit("; ", 1)[0]  # without the remedy, which is under way
+        return f"its members are not all there and of one set ({told})"
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            return None
+            return "is missing"
         raise StoreError(f"{path}: cannot be looked at: {describe(error)}; check the drive") from error
+    return "" if size == record.size else f"has {size} bytes, not {record.size}"
 
 
 def _flock(fd: int, path: str) -> None:

@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -230,8 +230,3 @@ def _check_size(path: str, size: int, header: Header) -> None:
         raise CheckpointError(
             f"{path}: has {size} bytes, member {header.member} of its set has {due}; {ANEW}"
         )
-
-
-def member_paths(folders: Sequence[str], name: str) -> tuple[str, ...]:
-    """The files of the shard `name`: one in each of `folders`."""
-    return tuple(os.path.join(folder, name) for folder in folders)

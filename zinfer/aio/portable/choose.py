@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from zinfer.aio.libaio import Transfer
 from zinfer.aio.portable.backends import Backend, LibaioBackend, MixedBackend, ThreadsBackend
-from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.aio.portable.memory import AlignedBlock, view_at
 from zinfer.aio.portable.threads import Bell
+from zinfer.aio.remedy import descriptor_remedy
 from zinfer.errors import OptionError
 
 BACKENDS = ("auto", "io_uring", "libaio", "threads", "faults")

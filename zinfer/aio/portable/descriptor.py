@@ -10,9 +10,9 @@ import os
 import stat
 from typing import Literal, NoReturn
 
-from zinfer.aio.portable.failures import descriptor_remedy
 from zinfer.aio.portable.memory import AlignedBlock, view_at
 from zinfer.aio.portable.write_state import WriteState
+from zinfer.aio.remedy import descriptor_remedy
 from zinfer.errors import DriveError
 
 DIRECT_ALIGNMENT = 4096  # O_DIRECT offsets, lengths and addresses are kept to multiples of at least this

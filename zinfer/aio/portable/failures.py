@@ -9,15 +9,6 @@ from typing import NamedTuple
 from zinfer.errors import DriveError
 
 
-def descriptor_remedy(code: int | None) -> str:
-    """What to do about errno `code` where it says that there are no more descriptors, else ""."""
-    if code == errno.EMFILE:
-        return "; raise `ulimit -n`, or close files and engines"
-    if code == errno.ENFILE:
-        return "; raise `sysctl fs.file-max`, or close other programs"
-    return ""
-
-
 class Failure(NamedTuple):
     """The arguments of a DriveError. A request keeps this: each `wait` raises an exception of its own."""
 

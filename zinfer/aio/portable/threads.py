@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from zinfer.aio.portable.failures import descriptor_remedy
+from zinfer.aio.remedy import descriptor_remedy
 from zinfer.errors import OptionError
 
 PR_SET_NAME = 15
