@@ -24,7 +24,7 @@ _warned: list[str] = []
 
 
 def portable_wanted() -> bool:
-    """Whether the environment asks for the portable code, in any case of letters. Raises OptionError for other words."""
+    """Whether the environment asks for the portable code, in any case of letters. Raises OptionError for others."""
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value not in YES + NO:
         raise OptionError(
