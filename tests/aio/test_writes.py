@@ -251,7 +251,7 @@ def test_a_failed_write_does_not_hold_up_those_that_waited_for_its_block(make_en
 
 
 def test_a_cancelled_write_ends_and_leaves_the_engine_whole(make_engine, new_path):
-    engine = make_engine("faults", faults=[("delay", 0.2)] * 2, block_bytes=BLOCK, depth=2)
+    engine = make_engine("faults", faults=[("delay", 1.0)] * 2, block_bytes=BLOCK, depth=2)
     file = File(new_path(), "w")
     requests = [write(engine, file, 100 * i, bytes(10 * BLOCK)) for i in range(3)]
     for request in requests:
