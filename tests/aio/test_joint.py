@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import traceback
 import weakref
 
 import pytest
@@ -158,3 +159,17 @@ def test_a_kept_error_keeps_no_part():
         assert Weak.alive == 0
     finally:
         gc.enable()
+
+
+def test_an_error_that_is_kept_keeps_no_request():
+    class Interrupted(Part):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
+
+    joint = JointRequest([Interrupted(), Interrupted()])
+    with pytest.raises(KeyboardInterrupt) as kept:
+        joint.wait()
+    traceback.clear_frames(kept.tb)  # as the coordinator does
+    alive = weakref.ref(joint)
+    del joint
+    assert alive() is None

@@ -72,7 +72,11 @@ class JointRequest:
         deadline = None if timeout is None else time.monotonic() + timeout
         pending = list(self._parts)
         while pending:
-            pending = [part for part in pending if not self._settled(part)]
+            waiting = []  # no comprehension: its frame, in the traceback of a Ctrl-C, would keep `self` for good
+            for part in pending:
+                if not self._settled(part):
+                    waiting.append(part)
+            pending = waiting
             if pending:
                 left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, deadline - time.monotonic())
                 if left <= 0:
