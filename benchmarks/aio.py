@@ -25,7 +25,7 @@ from zinfer.aio_bench.measurement import Trial
 from zinfer.aio_bench.memory import hold, pool_of
 from zinfer.aio_bench.settings import DIRECTIONS
 from zinfer.aio_bench.table import size_text
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 
 BACKENDS: tuple[Backend, ...] = ("io_uring", "libaio")
 SETTINGS = [

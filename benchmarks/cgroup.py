@@ -23,7 +23,7 @@ from benchmarks import BenchmarkError
 from benchmarks.child import run_sampled
 from benchmarks.drive import Drive, drive_of
 from benchmarks.report import main_of
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 REMOVAL_SECONDS = 10.0

@@ -23,7 +23,7 @@ from benchmarks.drive import Drive, drive_of
 from benchmarks.neighbours import wait_until_quiet
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
 from benchmarks.worker import Outcome, Phase, Task, read_outcome, weight_files
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 
 PEERS = ("accelerate",)
 IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run at all

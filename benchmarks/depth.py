@@ -21,7 +21,7 @@ from benchmarks.child import anonymous_bytes, run_sampled
 from benchmarks.drive import drive_of
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
 from benchmarks.worker import Outcome, Task, read_outcome, weight_files
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 from zinfer.synth import synthesise
 
 HEAD_SIZE = 64

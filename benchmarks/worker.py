@@ -125,7 +125,7 @@ def work(task: Task) -> Outcome:
     started = time.perf_counter()
     import torch
 
-    from zinfer.plan.memory import process_peak
+    from zinfer.planner.memory import process_peak
 
     load = _loader(task)
     outcome.import_seconds = time.perf_counter() - started

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks import BenchmarkError
 from benchmarks.cgroup import memory_group
 from zinfer.aio.probe import measure_read_rate
-from zinfer.plan.memory import free_memory, parse_size
+from zinfer.planner.memory import free_memory, parse_size
 from zinfer.synth import SHAPES, synthesise
 
 PROMPT = "The weights of a large language model"

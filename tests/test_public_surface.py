@@ -37,7 +37,7 @@ LAYERS = [
     "weights",
     "device",
     "coordinator",
-    "plan",
+    "planner",
     "store",
     "locate",
     "streaming",
@@ -59,7 +59,7 @@ ONLY = {
     "aio": ("errors", "pinned"),
     "aio_bench": ("errors", "pinned", "aio"),
     "weights": ("errors",),
-    "plan": ("errors",),
+    "planner": ("errors",),
     "store": (
         "errors",
         "pinned",

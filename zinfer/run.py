@@ -15,7 +15,7 @@ from zinfer import store
 from zinfer.attach import attach
 from zinfer.errors import OptionError
 from zinfer.locate import bring_to_drive, local_folder
-from zinfer.plan.memory import cpu_ceiling
+from zinfer.planner.memory import cpu_ceiling
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
 from zinfer.streaming import check_offload, stream

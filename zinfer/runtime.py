@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from zinfer.plan.memory import process_peak
+from zinfer.planner.memory import process_peak
 from zinfer.report import Report
 from zinfer.streaming import Streaming
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from zinfer.coordinator.coordinator import Coordinator
 from zinfer.device.cpu import CpuDevice, bounce_bytes
 from zinfer.errors import BudgetError, OptionError
-from zinfer.plan.memory import free_memory, total_memory
-from zinfer.plan.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.planner.memory import free_memory, total_memory
+from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
 from zinfer.weights.lowering import Placed, Provenance, Replayed, provenance_of

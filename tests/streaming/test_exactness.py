@@ -221,7 +221,7 @@ def test_gradients_through_streamed_weights_are_refused(saved, nothing_left):
 
 
 def test_a_large_table_used_whole_says_how_much_is_lacking(tmp_path, monkeypatch, nothing_left):
-    monkeypatch.setattr("zinfer.plan.placement.ROWS_WINDOW", 0)
+    monkeypatch.setattr("zinfer.planner.placement.ROWS_WINDOW", 0)
     config = deberta(position_buckets=256, vocab_size=64)
     transformers.DebertaV2Model(config).save_pretrained(tmp_path)
     with (

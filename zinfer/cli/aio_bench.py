@@ -24,7 +24,7 @@ from zinfer.aio_bench.sweep import sweep, usable_backends
 from zinfer.aio_bench.table import compared_table, measured_table, size_text
 from zinfer.aio_bench.target import by_drive, free_bytes
 from zinfer.errors import OptionError, ZinferError
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 
 NAME = "aio_bench"
 DESCRIPTION = """\

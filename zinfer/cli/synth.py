@@ -7,7 +7,7 @@ import os
 import sys
 
 from zinfer.errors import OptionError
-from zinfer.plan.memory import parse_size
+from zinfer.planner.memory import parse_size
 
 NAME = "synth"
 SUMMARY = "write a checkpoint of any config with seeded random weights"

@@ -21,7 +21,7 @@ from zinfer.doctor.drive import Drive, look_at
 from zinfer.errors import BudgetError, OptionError
 from zinfer.pinned import COMPILED, Pool
 from zinfer.pinned.numa import node_for, online_nodes
-from zinfer.plan.memory import free_memory, total_memory
+from zinfer.planner.memory import free_memory, total_memory
 from zinfer.streaming import default_budget
 
 POOL_BYTES = 64 << 20  # of the test pool: 32 huge pages

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from zinfer.errors import OptionError
-from zinfer.plan import memory
-from zinfer.plan.memory import cpu_ceiling, free_memory, parse_size, process_peak, total_memory
+from zinfer.planner import memory
+from zinfer.planner.memory import cpu_ceiling, free_memory, parse_size, process_peak, total_memory
 
 MACHINE_TOTAL = 64 << 30
 MACHINE_FREE = 48 << 30

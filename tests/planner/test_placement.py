@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zinfer.errors import BudgetError
-from zinfer.plan.placement import (
+from zinfer.planner.placement import (
     MAX_WINDOW,
     MIN_WINDOW,
     ROWS_WINDOW,
