@@ -31,6 +31,7 @@ PUBLIC = [
 LAYERS = [
     "_version",
     "errors",
+    "timeline",
     "pinned",
     "aio",
     "aio_bench",
@@ -55,6 +56,7 @@ LAYERS = [
 ONLY = {
     "_version": (),
     "errors": (),
+    "timeline": ("errors",),
     "pinned": ("errors",),
     "aio": ("errors", "pinned"),
     "aio_bench": ("errors", "pinned", "aio"),
@@ -68,7 +70,7 @@ ONLY = {
         "weights.safetensors_header",
         "weights.packed",
     ),
-    "report": (),
+    "report": ("timeline.sweeps",),
 }
 
 

@@ -13,10 +13,12 @@ from torch import nn
 from tqdm import tqdm
 
 from zinfer.coordinator.coordinator import Coordinator
+from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.cpu import CpuDevice, bounce_bytes
 from zinfer.errors import BudgetError, OptionError
 from zinfer.planner.memory import free_memory, total_memory
 from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.timeline.recorder import Recorder
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
 from zinfer.weights.lowering import Placed, Provenance, Replayed, provenance_of
@@ -150,12 +152,19 @@ def gather(model: nn.Module) -> list[Held]:
 
 
 def stream(
-    model: nn.Module, *, offload: str, ceiling: int | None, progress: bool, allocated: bool = False
+    model: nn.Module,
+    *,
+    offload: str,
+    ceiling: int | None,
+    progress: bool,
+    allocated: bool = False,
+    recorder: Recorder | None = None,
 ) -> Streaming:
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
     `offload` as for zinfer.run. `ceiling`: bytes zinfer may allocate, None for what is free.
-    `allocated`: the model was live, its tensors not mapped from these files (see layout.py).
+    `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
+    told what happens.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
     budget = _budget(ceiling)
@@ -167,11 +176,12 @@ def stream(
         weights[index].wants_residence = True
     residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, residents, placement.window_bytes, parts.bounce)
+    device = CpuDevice(paths, residents, placement.window_bytes, parts.bounce, recorder)
     try:
         _read_small(device, small, allocated)
         slots = [item.slots for item in large]
-        coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights))
+        told = device, _order(weights, model), _settler(slots, weights)
+        coordinator = Coordinator(*told) if recorder is None else RecordedCoordinator(*told, recorder)
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
         account = Account(
             ceiling=budget,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zinfer.errors import DriveError
+from zinfer.timeline.tally import Tally
 
 SIZE = 100  # bytes of a weight's region, unless told
 
@@ -92,6 +93,7 @@ class FakeDevice:
         self.fail: set[str] = set()
         self.hold_back: set[str] = set()
         self.closed = False
+        self.tally = Tally()
         self.on_start: Callable[[str], None] = lambda name: None
         self._lives: list[weakref.ref[FakeFetch]] = []
 

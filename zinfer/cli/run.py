@@ -17,7 +17,7 @@ from typing import Any
 from zinfer._version import __version__
 from zinfer.cli.progress import Progress, SweepMeter
 from zinfer.cli.streamers import IdStreamer, TextStreamer, TokenStreamer
-from zinfer.cli.terminal import LogToTerminal, Terminal
+from zinfer.cli.terminal import LogToTerminal, Terminal, check_writable
 from zinfer.errors import CheckpointError, OptionError
 
 NAME = "run"
@@ -77,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--progress", action=argparse.BooleanOptionalAction, default=None,
         help="default: a line on stderr where that is a terminal; --progress elsewhere: a line a token",
     )  # fmt: skip
+    output.add_argument(
+        "--timeline", metavar="FILE",
+        help="record reads, waits and operators there, for https://ui.perfetto.dev and `zinfer timeline FILE`",
+    )  # fmt: skip
     output.add_argument("--json", metavar="FILE", help="write the report, the ids and the text there too")
 
 
@@ -110,10 +114,13 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         max_memory=dict(arguments.max_memory) or None,
         progress=arguments.progress,
         trust_remote_code=trust,
+        timeline=arguments.timeline is not None,
     )
     with model:
         streamer, seconds = _generate(model, prompt, arguments, terminal)
         report = model.zinfer.report()
+    if arguments.timeline:
+        model.zinfer.timeline(arguments.timeline)
     terminal.note(f"{report}\n{_tokens_line(prompt, streamer, seconds)}")
     if arguments.json:
         summary = {
@@ -159,12 +166,15 @@ def _check(arguments: argparse.Namespace) -> None:
     devices = [device for device, _ in arguments.max_memory]
     if len(set(devices)) < len(devices):
         raise OptionError(f"--max-memory names a device twice: {devices}")
-    if arguments.json:
-        parent = os.path.dirname(arguments.json) or "."
-        if os.path.isdir(arguments.json) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-            raise OptionError(
-                f"--json {arguments.json}: not a file that can be written; name one in a writable folder"
-            )
+    for option in ("json", "timeline"):
+        if (path := getattr(arguments, option)) is not None:
+            check_writable(f"--{option}", path)
+    if arguments.json and arguments.timeline and _same(arguments.json, arguments.timeline):
+        raise OptionError(f"--json and --timeline name the same file, {arguments.json}; give each its own")
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _generating_config(folder: str, trust: bool) -> Any:

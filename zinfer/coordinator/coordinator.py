@@ -35,7 +35,7 @@ class Counters:
 
     hits: int = 0  # uses served by a read started earlier
     misses: int = 0  # uses that had to be read on demand
-    wait_seconds: float = 0.0  # operators' threads blocked on the drive
+    wait_seconds: float = 0.0  # operators' threads blocked, on the drive or for room in the window
     row_reads: int = 0
     row_bytes: int = 0
     waits_by_weight: dict[str, float] = field(default_factory=dict)
@@ -81,14 +81,18 @@ class Coordinator:
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1
+                self.device.tally.misses += 1
                 must_queue = self._line and _in_window(weight)
                 fetch = self._current(weight) or (
                     None if must_queue else self.device.start(weight, urgent=True)
                 )
             else:
                 self.counters.hits += 1
+                self.device.tally.hits += 1
         if fetch is None:
+            started = time.perf_counter()
             fetch = self._make_room_and_start(weight)
+            self._waited(weight.name, started)
         try:
             with self._lock:
                 self.refuse_closed()
@@ -111,8 +115,8 @@ class Coordinator:
         self.refuse_closed()
         started = time.perf_counter()
         out = self.device.read_rows(weight, rows)
+        self._waited(weight.name, started)
         with self._lock:
-            self.counters.wait_seconds += time.perf_counter() - started
             self.counters.row_reads += 1
             self.counters.row_bytes += out.nbytes
         return out
@@ -120,7 +124,7 @@ class Coordinator:
     def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
         """Make `weights`, all meant to be resident, resident now; `progress` is told bytes as they come."""
         for weight in weights:
-            self.whole(weight)
+            Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
             progress(weight.nbytes)
 
     def close(self) -> None:
@@ -234,12 +238,17 @@ class Coordinator:
             return fetch.wait()
         started = time.perf_counter()
         tensor = fetch.wait()
-        waited = time.perf_counter() - started
+        self._waited(fetch.weight.name, started)
+        return tensor
+
+    def _waited(self, name: str, since: float) -> None:
+        """Count the time since `since` (time.perf_counter) as a wait of the calling thread for the weight `name`."""
+        waited = time.perf_counter() - since
+        self.device.tally.waited += waited
         with self._lock:
             self.counters.wait_seconds += waited
             by_weight = self.counters.waits_by_weight
-            by_weight[fetch.weight.name] = by_weight.get(fetch.weight.name, 0.0) + waited
-        return tensor
+            by_weight[name] = by_weight.get(name, 0.0) + waited
 
     def _settle(self, weight: Weight, tensor: torch.Tensor, reader: Reader) -> None:
         with self._lock:

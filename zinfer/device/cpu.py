@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from zinfer.aio.joint import Waitable
 from zinfer.device.fetch import Fetch
 from zinfer.device.shards import Shards
 from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
 from zinfer.pinned import Pool, Region
 from zinfer.pinned.numa import node_for, online_nodes
+from zinfer.timeline.recorder import Recorder
+from zinfer.timeline.tally import Tally
 from zinfer.weights.layout import VECTOR, Layout, lay_out
 from zinfer.weights.lowering import Placed, rows_of
 from zinfer.weights.symbolic import evaluate
@@ -39,14 +42,22 @@ class CpuDevice:
 
     `bounce`: bytes of buffers for its engines. `window` is the pool that weights are read ahead into (None when
     nothing streams); each weight in `residents` has a place of its own in a second mapping, so that keeping it can
-    never fail. Any thread may call any method.
+    never fail. Any thread may call any method. `tally` counts, thread by thread, what is read; `recorder`, if any, is
+    told of every read.
     """
 
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce: int
+        self,
+        paths: Sequence[str],
+        residents: Sequence[Weight],
+        window_bytes: int,
+        bounce: int,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.tally = Tally()
+        self._recorder = recorder
         self.shards = Shards(paths, bounce)
         self.drives = self.shards.drives
         self.window: Pool | None = None
@@ -120,6 +131,7 @@ class CpuDevice:
                 return None
             address = memory.address
         request = self._read(weight.layout, memory, address, urgent)
+        self._note(request, weight.name, "demand" if urgent else "prefetch")
         # A partial, not a closure: frames in a traceback keep their function's closure, and so would keep the region.
         fetch = Fetch(weight, request, partial(self._tensor_of, weight, memory, address))
         weight.fetch = weakref.ref(fetch)
@@ -139,7 +151,9 @@ class CpuDevice:
         for run in rows_of(placed, rows):
             extents.append((run.path, run.offset, run.length, at, False))
             at += run.length
-        self.shards.read(extents, block, urgent=True).wait()
+        request = self.shards.read(extents, block, urgent=True)
+        self._note(request, weight.name, "rows")
+        request.wait()
         self._refuse_changes({run.path for run in placed.runs})
         return _flagged(out.to(weight.dtype), weight.requires_grad)
 
@@ -147,7 +161,9 @@ class CpuDevice:
         """Small tensors, read at once into one block of ordinary memory; `allocated` as in lay_out."""
         layout = lay_out(placements, allocated=allocated, unit=VECTOR)
         block = torch.empty(layout.nbytes, dtype=torch.uint8)
-        self._read(layout, block, block.data_ptr(), urgent=True).wait()
+        request = self._read(layout, block, block.data_ptr(), urgent=True)
+        self._note(request, "small tensors", "load")
+        request.wait()
         self._refuse_changes({piece.run.path for piece in layout.pieces})
         with torch.inference_mode(False), torch.no_grad():
             return [
@@ -161,6 +177,13 @@ class CpuDevice:
             for piece in layout.pieces
         ]
         return self.shards.read(extents, memory, urgent=urgent)
+
+    def _note(self, request: Waitable, name: str, kind: str) -> None:
+        """Count a read that was started; keeps nothing of the request but when it ran."""
+        nbytes = request.nbytes
+        self.tally.asked += nbytes
+        if self._recorder is not None and nbytes:
+            self._recorder.read(name, kind, request.timing)
 
     def _tensor_of(self, weight: Weight, memory: Any, address: int) -> torch.Tensor:
         """The tensor of `weight` over `memory`, which it keeps alive, or what its conversion makes of it."""
