@@ -9,6 +9,10 @@ from typing import Any
 from zinfer.timeline.sweeps import Sweep
 
 GIB = float(1 << 30)
+SOURCES = {
+    "aio_bench": "as aio_bench measured",
+    "engine": "this run's, while reads were in flight; run aio_bench to measure it",
+}
 LONGEST_SHOWN = 3  # waits, in the text
 SHORTEST_SHOWN = 0.001  # seconds: a shorter one is not worth a line
 
@@ -93,11 +97,12 @@ class Report:
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
             *(("predicted", text) for text in self._predicted()),
-            *(("a sweep", text) for text in self._tiers()),
+            *(("last sweep", text) for text in self._tiers()),
             ("rate", self._rate()),
+            *(("bubbles", text) for text in self._bubbles()),
             (
                 "waits",
-                f"{self.wait_seconds:.2f} s blocked on the drive; {self.hits} uses read ahead, {self.misses} on "
+                f"{self.wait_seconds:.2f} s blocked; {self.hits} uses read ahead, {self.misses} on "
                 f"demand, {self.row_reads} row lookups ({_size(self.row_bytes)})",
             ),
             *(
@@ -131,25 +136,25 @@ class Report:
         last = self.each_sweep[-1]
         device = f", {_size(last.device_bytes)} from device memory" if last.device_bytes else ""
         return [
-            f"{_size(last.nvme_bytes)} from the drive, {_size(last.host_bytes)} from host memory{device} (the last); "
+            f"{_size(last.nvme_bytes)} from the drive, {_size(last.host_bytes)} from host memory{device}; "
             f"{last.hits} uses read ahead, {last.misses} on demand, {last.wait_seconds:.3f} s blocked"
         ]
 
     def _rate(self) -> str:
         if self.drive_rate is None:
             return "nothing was read"
-        source = {
-            "aio_bench": "as aio_bench measured",
-            "engine": "while reads were in flight; aio_bench has not measured it",
-        }[self.drive_rate_source]
-        own = f"the drive's own is {self.drive_rate / 1e9:.2f} GB/s ({source})"
-        if self.read_rate is None or not self.steady_seconds:
+        own = f"the drive's own {self.drive_rate / 1e9:.2f} GB/s ({SOURCES[self.drive_rate_source]})"
+        if self.read_rate is None:
             return own
+        return f"{self.read_rate / 1e9:.2f} GB/s, {100 * self.read_rate / self.drive_rate:.0f} % of {own}"
+
+    def _bubbles(self) -> list[str]:
+        if not self.steady_seconds:
+            return []
         share = 100 * self.bubble_seconds / self.steady_seconds
-        return (
-            f"{self.read_rate / 1e9:.2f} GB/s, {100 * self.read_rate / self.drive_rate:.0f} % of the drive's; {own}; "
-            f"bubbles {self.bubble_seconds:.2f} of {self.steady_seconds:.2f} s ({share:.1f} %)"
-        )
+        return [
+            f"{self.bubble_seconds:.2f} of {self.steady_seconds:.2f} s ({share:.1f} %) without a read in flight"
+        ]
 
     def _sweeps(self) -> str:
         if self.first_sweep_seconds is None:

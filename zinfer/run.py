@@ -93,7 +93,7 @@ def run(
         max_memory: {"cpu": "8GiB"}: ceiling on all that zinfer allocates, sizes in bytes or as text.
             Default: what the machine and its cgroup have free, less headroom for activations.
         progress: show bars for copies and loads; None: when stderr is a terminal.
-        timeline: record every read, wait and operator (a few microseconds each, at most about 25 MB), for
+        timeline: record every read, wait and operator (a few microseconds each, at most about 20 MB), for
             model.zinfer.timeline("out.json").
         options: further from_pretrained keywords (revision, token, trust_remote_code, subfolder,
             variant, attn_implementation ...), and config attributes to override.

@@ -29,8 +29,8 @@ COLOURS = {COPIES: "#8c6bb1", COMPUTE: "#41ab5d", WAITS: "#d7301f"}
 READ_COLOURS = {"prefetch": "#2b8cbe", "demand": "#fe9929", "rows": "#f768a1", "load": "#969696"}
 INCHES, DPI = (14.0, 6.5), 120
 BINS = 400  # of the rate's line
-PIXEL = 1 / 1500  # of the time axis: gaps shorter than that share of it cannot be seen
-MOST_NUMBERED = 40  # sweeps
+PIXEL = 1 / 3000  # of the time axis: gaps shorter than that share of it cannot be seen
+MOST_NUMBERED = 60  # sweeps: more numbers would overlap
 HEIGHT = 0.8  # of a row
 
 
@@ -60,9 +60,18 @@ def draw(timeline: Timeline, path: str | os.PathLike[str]) -> None:
     end = max(max(span.end for span in timeline.spans), start + 1e-9)
     _rate(upper, timeline, start, end)
     _rows(lower, timeline, (end - start) * PIXEL)
-    _sweeps(upper, lower, timeline)
+    _sweeps(upper, lower, timeline, (end - start) / MOST_NUMBERED)
     lower.set_xlim(start, end)
     lower.set_xlabel("seconds since zinfer.run")
+    if timeline.row(READS):
+        handles, labels = lower.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            [f"read: {label}" for label in labels],
+            loc="outside lower center",
+            ncols=4,
+            fontsize="small",
+        )
     figure.savefig(path, dpi=DPI, format="png")
 
 
@@ -93,10 +102,11 @@ def _rate(axes: Axes, timeline: Timeline, start: float, end: float) -> None:
     if timeline.window:
         other = axes.twinx()
         times, used = zip(*timeline.window, strict=True)
+        unit, name = (1e9, "GB") if max(used) >= 1e8 else (1e6, "MB")
         other.fill_between(
-            times, [count / 1e9 for count in used], step="post", color="#bdbdbd", alpha=0.4, lw=0
+            times, [count / unit for count in used], step="post", color="#bdbdbd", alpha=0.4, lw=0
         )
-        other.set_ylabel("window in use, GB", color="#636363")
+        other.set_ylabel(f"window in use, {name}", color="#636363")
         other.set_ylim(bottom=0)
         axes.set_zorder(other.get_zorder() + 1)  # the line before the fill
         axes.patch.set_visible(False)
@@ -127,14 +137,6 @@ def _rows(axes: Axes, timeline: Timeline, gap: float) -> None:
                 _band(axes, chosen, _slot(bottom, place, len(threads)), COLOURS[row], gap)
     axes.set_yticks([-number for number in range(len(ROWS))], ROWS)
     axes.set_ylim(-len(ROWS) + 0.5, 0.5)
-    if timeline.row(READS):
-        axes.legend(
-            loc="upper right",
-            fontsize="small",
-            ncols=len(READ_COLOURS),
-            title="reads",
-            title_fontsize="small",
-        )
 
 
 def _slot(bottom: float, place: int, count: int) -> tuple[float, float]:
@@ -157,21 +159,14 @@ def _band(
     )
 
 
-def _sweeps(upper: Axes, lower: Axes, timeline: Timeline) -> None:
-    """A line where each sweep begins, and its number, while they can be told apart."""
-    sweeps = timeline.row(SWEEPS)
-    step = max(1, -(-len(sweeps) // MOST_NUMBERED))
-    for number, span in enumerate(sweeps):
-        if number % step:
+def _sweeps(upper: Axes, lower: Axes, timeline: Timeline, shortest: float) -> None:
+    """A line where a sweep begins, and its number, at least `shortest` seconds apart."""
+    numbered = -shortest
+    for span in timeline.row(SWEEPS):
+        if span.start - numbered < shortest:
             continue
+        numbered = span.start
         for axes in (upper, lower):
             axes.axvline(span.start, color="0.3", lw=0.7, ls="--", alpha=0.7)
-        upper.text(
-            span.start,
-            1.01,
-            span.name,
-            transform=upper.get_xaxis_transform(),
-            fontsize="x-small",
-            ha="center",
-            va="bottom",
-        )
+        place: dict[str, Any] = {"transform": upper.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        upper.text(span.start, 1.01, span.name, fontsize="x-small", **place)

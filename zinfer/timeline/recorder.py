@@ -9,7 +9,7 @@ from typing import Protocol
 
 from zinfer.timeline.events import COMPUTE, COPIES, READS, SWEEPS, WAITS, Span, Timeline
 
-LIMIT = 1 << 17  # events kept, the newest; about 25 MB
+LIMIT = 1 << 16  # events kept, the newest; at most about 20 MB
 
 
 class Timing(Protocol):
