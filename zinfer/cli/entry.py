@@ -24,6 +24,7 @@ EPILOG = """\
 examples:
   zinfer synth llama-demo ./llama-demo
   zinfer run ./llama-demo --prompt "Once upon a time" --max-memory cpu=3GiB
+  zinfer timeline out.json --png out.png
   zinfer doctor /mnt/nvme
 
 `zinfer COMMAND --help` explains one command."""
