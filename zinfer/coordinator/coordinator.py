@@ -74,8 +74,6 @@ class Coordinator:
             resident = weight.resident
             if resident is not None:
                 return resident
-            if reader.held is not None and reader.held.weight is weight:
-                return reader.held.wait()
             reader.touched = time.monotonic()
             fetch = reader.advance(weight)
             reader.held = None

@@ -41,6 +41,8 @@ class Reader:
                 self.queue.popleft()
             self._misses = 0
             return self.queue.popleft()
+        if self.held is not None and self.held.weight is weight:
+            return self.held  # used twice running
         self._misses += 1
         if known or self._misses >= MISSES_BEFORE_REBUILD:
             self._stale.extend(self.queue)
