@@ -176,7 +176,10 @@ def stream(
         weights[index].wants_residence = True
     residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, residents, placement.window_bytes, parts.bounce, recorder)
+    in_memory = offload in ("cpu", "none")
+    device = CpuDevice(
+        paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
+    )
     try:
         _read_small(device, small, allocated)
         slots = [item.slots for item in large]
@@ -193,7 +196,7 @@ def stream(
         )
         streaming = Streaming(coordinator, weights, account, slots, parameters)
         streaming.install()
-        if offload in ("cpu", "none"):
+        if in_memory:
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)

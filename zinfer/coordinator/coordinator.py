@@ -74,15 +74,13 @@ class Coordinator:
             resident = weight.resident
             if resident is not None:
                 return resident
-            if reader.held is not None and reader.held.weight is weight:
-                return reader.held.wait()
             reader.touched = time.monotonic()
             fetch = reader.advance(weight)
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1
                 self.device.tally.misses += 1
-                must_queue = self._line and _in_window(weight)
+                must_queue = self._line and not self.device.in_place(weight)
                 fetch = self._current(weight) or (
                     None if must_queue else self.device.start(weight, urgent=True)
                 )
@@ -106,9 +104,21 @@ class Coordinator:
             self._give_up(reader, fetch, isinstance(error, ZinferError))
             fetch = None
             raise
-        if weight.wants_residence:
+        if weight.wants_residence and (fetch.in_place or weight.placed is None):
             self._settle(weight, tensor, reader)
         return tensor
+
+    def done(self, weight: Weight) -> None:
+        """The operator that asked for `weight` has ended: its region may be filled anew before the next one asks."""
+        reader = self._reader()
+        if reader.held is None or reader.held.weight is not weight:
+            return
+        with self._lock:
+            if self._closed or reader.expects(weight):
+                return
+            reader.held = None
+            if not self._line:
+                self._extend(reader)
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """Rows of a placed weight, read now; nothing else of it is."""
@@ -225,7 +235,7 @@ class Coordinator:
         """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
 
         for reader in sorted(self._readers, key=lambda reader: (reader.touched, -len(reader.queue))):
-            if reader.drop_farthest(_in_window):
+            if reader.drop_farthest():
                 return True
         for reader in self._readers:
             if reader.held is not None and reader.held.weight is not weight:
@@ -256,8 +266,3 @@ class Coordinator:
                 weight.resident = tensor
                 self._on_resident(weight, tensor)
             reader.held = None
-
-
-def _in_window(weight: Weight) -> bool:
-    """Whether a read of `weight` takes room in the window: a placed resident has a place of its own."""
-    return not (weight.wants_residence and weight.placed is not None)
