@@ -25,14 +25,14 @@ class Report:
     `predicted_seconds` is what such a sweep was predicted to take, if anybody did. `steady_seconds` is how long at
     least one of those sweeps ran, `read_rate` the bytes a second read meanwhile, drive idle time included, and
     `bubble_seconds` that idle time: no read was in flight, though every sweep reads again what is not resident
-    (averaged over several drives; 0 where nothing streams). Where operators hardly waited, compute is what takes the
-    time and bubbles cost nothing. `drive_rate` is the drives' own rate, as `drive_rate_source` says: what "aio_bench"
-    found, or what this model's "engine" read while it had reads in flight. `each_sweep` are the last 4096 sweeps
-    that ended, by thread. `wait_seconds` is how long operators' threads were blocked, on the drive or for room in
-    the window, summed over threads; `waits_by_weight` divides it, the longest first. `hits` are uses that a read
-    ahead served, `misses` those that had to be read on demand. `pool_bytes` are mapped for window and residents,
-    and `huge_page_bytes` of them lie on huge pages now; None where the kernel does not count them. `drives` says how
-    each block device is read.
+    (averaged over several drives; 0 where nothing streams). Where operators hardly waited meanwhile
+    (`steady_wait_seconds`), compute is what takes the time and bubbles cost nothing. `drive_rate` is the drives'
+    own rate, as `drive_rate_source` says: what "aio_bench" found, or what this model's "engine" read while it had
+    reads in flight. `each_sweep`: the last 4096 that ended, as they began. `wait_seconds` is how long
+    operators' threads were blocked, on the drive or for room in the window, summed over threads; `waits_by_weight`
+    divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
+    demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
+    None where the kernel does not count them. `drives` says how each block device is read.
     """
 
     model: str
@@ -65,6 +65,7 @@ class Report:
     drive_rate_source: str
     steady_seconds: float
     bubble_seconds: float
+    steady_wait_seconds: float
     each_sweep: tuple[Sweep, ...]
     wait_seconds: float
     hits: int
@@ -153,7 +154,8 @@ class Report:
             return []
         share = 100 * self.bubble_seconds / self.steady_seconds
         return [
-            f"{self.bubble_seconds:.2f} of {self.steady_seconds:.2f} s ({share:.1f} %) without a read in flight"
+            f"{self.bubble_seconds:.2f} of {self.steady_seconds:.2f} s ({share:.1f} %) without a read in flight; "
+            f"operators were blocked for {self.steady_wait_seconds:.2f} s of it all"
         ]
 
     def _sweeps(self) -> str:

@@ -88,6 +88,7 @@ class Runtime:
             drive_rate_source=drive_rate_source,
             steady_seconds=steady.wall_seconds,
             bubble_seconds=steady.bubble_seconds,
+            steady_wait_seconds=steady.wait_seconds,
             each_sweep=self._log.sweeps(),
             wait_seconds=counters.wait_seconds,
             hits=counters.hits,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.timeline.scenes import timeline
 from zinfer.timeline import chrome
 from zinfer.timeline.events import READS, SWEEPS
 
@@ -20,10 +21,10 @@ def recorded(llama, command, tmp_path) -> str:
 
 
 def test_run_writes_a_trace(recorded):
-    timeline = chrome.read(recorded)
-    assert timeline.model == "LlamaForCausalLM"
-    assert len(timeline.row(SWEEPS)) == 3
-    assert {"demand", "prefetch"} <= {span.kind for span in timeline.row(READS)}
+    found = chrome.read(recorded)
+    assert found.model == "LlamaForCausalLM"
+    assert len(found.row(SWEEPS)) == 3
+    assert {"demand", "prefetch"} <= {span.kind for span in found.row(READS)}
 
 
 def test_timeline_adds_it_up(recorded, command):
@@ -61,15 +62,15 @@ def test_a_trace_and_a_report_need_a_file_each(llama, command, tmp_path):
         (["run", "MODEL", "--ids", "1", "--timeline", ""], 2, "--timeline"),
     ],
 )
-def test_wrong_input_gets_one_line(arguments, status, named, recorded, llama, command, tmp_path):
+def test_wrong_input_gets_one_line(arguments, status, named, llama, command, tmp_path):
     pytest.importorskip("matplotlib")
+    chrome.write(timeline(), tmp_path / "out.json")
     (tmp_path / "other.json").write_text(json.dumps({"traceEvents": []}))
-    with open(recorded, encoding="utf-8") as file:
-        (tmp_path / "cut.json").write_text(file.read()[:-20])
+    (tmp_path / "cut.json").write_text((tmp_path / "out.json").read_text()[:-20])
     meant = {
         "MODEL": llama,
         "FOLDER": str(tmp_path),
-        "TRACE": recorded,
+        "TRACE": str(tmp_path / "out.json"),
         "OTHER": str(tmp_path / "other.json"),
         "CUT": str(tmp_path / "cut.json"),
     }

@@ -155,14 +155,23 @@ def test_events_that_are_none_are_refused(events, path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("schema", 2), ("schema", None), ("dropped", -1), ("dropped", "x")]
+    ("field", "value"),
+    [
+        ("schema", 2),
+        ("schema", None),
+        ("schema", "x" * 10_000),
+        ("model", ["M"]),
+        ("dropped", -1),
+        ("dropped", "x"),
+    ],
 )
 def test_a_damaged_heading_is_refused(field, value, path):
     document = json.loads(path.read_text())
     document["otherData"][field] = value
     path.write_text(json.dumps(document))
-    with pytest.raises(OptionError, match=r"out\.json"):
+    with pytest.raises(OptionError, match=r"out\.json") as refused:
         chrome.read(path)
+    assert len(str(refused.value)) < 1000
 
 
 def test_events_of_others_in_the_file_are_passed_over(path):

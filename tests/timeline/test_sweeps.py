@@ -47,12 +47,12 @@ def test_a_pause_of_the_callers_belongs_to_none():
 def test_the_first_sweep_is_left_out_of_the_medians_and_bubbles():
     log = SweepLog()
     for number, (start, end) in enumerate([(0, 10), (10, 12), (12, 13)]):
-        log.begin(mark(start, busy=0.75 * start, transferred=100 * start, asked=100 * number))
-        log.end(mark(end, busy=0.75 * end, transferred=100 * end, asked=100 * (number + 1)), 0, 0)
+        log.begin(mark(start, 0.75 * start, 100 * start, asked=100 * number, waited=start / 4))
+        log.end(mark(end, 0.75 * end, 100 * end, asked=100 * (number + 1), waited=end / 4), 0, 0)
     steady = log.steady()
     assert (steady.sweep_seconds, steady.sweep_bytes) == (1.5, 100)
     assert (steady.wall_seconds, steady.rate) == (3, 100)
-    assert steady.bubble_seconds == pytest.approx(0.75)
+    assert steady.bubble_seconds == steady.wait_seconds == pytest.approx(0.75)
 
 
 def test_sweeps_that_read_nothing_have_no_bubbles():

@@ -46,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> Timeline:
     if not isinstance(other, dict) or other.get("format") != FORMAT:
         raise _refusal(path, "it is no timeline of zinfer's")
     if other.get("schema") != SCHEMA:
-        raise _refusal(path, f"its schema is {other.get('schema')!r}, and this version reads {SCHEMA}")
+        raise _refusal(path, f"its schema is {_brief(other.get('schema'))}, and this version reads {SCHEMA}")
     events = document.get("traceEvents")
     if not isinstance(events, list):
         raise _refusal(path, "it holds no list of events")
@@ -62,7 +62,9 @@ def read(path: str | os.PathLike[str]) -> Timeline:
                 path, f"its event {number} is damaged ({type(error).__name__}: {error})"
             ) from error
     try:
-        return Timeline(str(other["model"]), tuple(spans), tuple(window), _count(other["dropped"]))
+        if not isinstance(other["model"], str):
+            raise ValueError(f"model {_brief(other['model'])}")
+        return Timeline(other["model"], tuple(spans), tuple(window), _count(other["dropped"]))
     except (KeyError, ValueError) as error:
         raise _refusal(path, f"its heading is damaged ({type(error).__name__}: {error})") from error
 
@@ -129,25 +131,32 @@ def _span(event: Any) -> Span | None:
     row = ROWS[_count(event["pid"])]
     start, length, name = _seconds(event["ts"]), _seconds(event["dur"]), event["name"]
     if not isinstance(name, str):
-        raise ValueError(f"name {name!r}")
+        raise ValueError(f"name {_brief(name)}")
     if row not in (READS, COPIES):
         return Span(row, name, start, start + length, thread=_count(event["tid"]))
     nbytes, kind = _count(event["args"]["bytes"]), event["args"]["kind"]
     if kind not in (KINDS if row == READS else ("",)):
-        raise ValueError(f"kind {kind!r}")
+        raise ValueError(f"kind {_brief(kind)}")
     return Span(row, name, start, start + length, nbytes=nbytes, kind=kind)
 
 
 def _seconds(microseconds: Any) -> float:
     if type(microseconds) not in (int, float) or not 0 <= microseconds <= LONGEST * 1e6:
-        raise ValueError(f"time {microseconds!r}")
+        raise ValueError(f"time {_brief(microseconds)}")
     return float(microseconds) / 1e6
 
 
 def _count(number: Any) -> int:
     if type(number) is not int or not 0 <= number <= MOST_BYTES:
-        raise ValueError(f"number {number!r}")
+        raise ValueError(f"number {_brief(number)}")
     return number
+
+
+def _brief(value: Any) -> str:
+    """What stands where a number or a name should: a file may hold anything, of any length."""
+    return (
+        repr(value)[:80] if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    )
 
 
 def _refusal(path: str | os.PathLike[str], what: str) -> OptionError:

@@ -54,7 +54,7 @@ class Steady:
 
     `wall_seconds`: how long at least one of them ran. `bubble_seconds`: the part of it in which the drive had no
     read in flight (averaged over several drives), where the sweeps read anything at all. `rate`: bytes a second that
-    the drives moved over `wall_seconds`.
+    the drives moved over `wall_seconds`. `wait_seconds`: operators blocked, summed over threads.
     """
 
     sweep_seconds: float | None
@@ -62,6 +62,7 @@ class Steady:
     rate: float | None
     wall_seconds: float
     bubble_seconds: float
+    wait_seconds: float
 
 
 @dataclass
@@ -129,7 +130,7 @@ class SweepLog:
             (entry, end) for entry, end in pairs if end and first is not None and entry.begin.at >= first
         ]
         if not later:
-            return Steady(None, None, None, 0.0, 0.0)
+            return Steady(None, None, None, 0.0, 0.0, 0.0)
         blocks = _blocks([(entry.begin, end) for entry, end in later])
         wall = sum(end.at - begin.at for begin, end in blocks)
         moved = sum(end.transferred - begin.transferred for begin, end in blocks)
@@ -140,6 +141,7 @@ class SweepLog:
             rate=moved / wall if wall > 0 else None,
             wall_seconds=wall,
             bubble_seconds=max(0.0, wall - busy) if moved else 0.0,
+            wait_seconds=sum(end.waited - entry.begin.waited for entry, end in later),
         )
 
 
