@@ -41,6 +41,8 @@ LAYERS = [
     "store",
     "locate",
     "streaming",
+    "kv_cache",
+    "residency",
     "report",
     "runtime",
     "attach",

@@ -13,6 +13,7 @@ from torch import nn
 
 from zinfer.planner.memory import process_peak
 from zinfer.report import Report
+from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 
 SWEEPS_REMEMBERED = 4096
@@ -30,6 +31,8 @@ class Runtime:
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
+        # In "cpu" and "none" every weight stays, whatever else takes memory: that is what was asked for.
+        self._residency = Residency(model, streaming) if offload in ("auto", "nvme") else None
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
@@ -133,14 +136,18 @@ class Runtime:
         state = "closed" if self.closed else f"{self._sweeps} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, *_: Any) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close()."""
+    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        if self._residency is not None:
+            self._residency.before(args, kwargs)
         self._sweeps += 1
         self._marks.append((time.perf_counter(), self.bytes_read))
 
-    def end_sweep(self, *_: Any) -> None:
+    def end_sweep(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook for after the model's forward."""
+        if self._residency is not None:
+            self._residency.after(output)
         if self._first_sweep is None and self._marks:
             self._first_sweep = time.perf_counter() - self._marks[0][0]
 
