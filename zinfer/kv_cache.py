@@ -63,7 +63,8 @@ def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> int:
         layer.max_cache_len for layer in layers if isinstance(getattr(layer, "max_cache_len", None), int)
     ]
     if reserved and len(reserved) == len(layers):
-        return 0 if now else coming.rows * _bytes_a_row(config, itemsize, max(reserved))
+        made = any(getattr(layer, "keys", None) is not None for layer in layers)
+        return 0 if made else coming.rows * _bytes_a_row(config, itemsize, max(reserved))
     length = int(cache.get_seq_length()) if now and hasattr(cache, "get_seq_length") else 0
     if length:
         return now * coming.tokens // length
@@ -77,8 +78,8 @@ def _bytes_a_row(config: Any, itemsize: int, tokens: int) -> int:
     if not (isinstance(heads, int) and isinstance(hidden, int) and isinstance(layers, int)) or heads < 1:
         return 0  # unknown: what the first pass makes is counted after it
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if getattr(text, "kv_lora_rank", None):  # latent attention, cached as full heads
-        width = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    if getattr(text, "kv_lora_rank", None):  # latent attention caches what its heads have in common
+        width = text.kv_lora_rank + text.qk_rope_head_dim
     else:
         width = 2 * kv_heads * (getattr(text, "head_dim", None) or hidden // heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
