@@ -42,6 +42,8 @@ LAYERS = [
     "store",
     "locate",
     "streaming",
+    "kv_cache",
+    "residency",
     "report",
     "runtime",
     "attach",

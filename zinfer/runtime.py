@@ -11,6 +11,7 @@ from torch import nn
 from zinfer.errors import OptionError
 from zinfer.planner.memory import process_peak
 from zinfer.report import Report
+from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
 from zinfer.timeline.recorder import Recorder
@@ -39,6 +40,8 @@ class Runtime:
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
+        # In "cpu" and "none" every weight stays, whatever else takes memory: that is what was asked for.
+        self._residency = Residency(model, streaming) if offload in ("auto", "nvme") else None
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
@@ -161,18 +164,22 @@ class Runtime:
         state = "closed" if self.closed else f"{self._log.begun} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, *_: Any) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close()."""
+    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        if self._residency is not None:
+            self._residency.before(args, kwargs)
         if self._recorder is not None:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
 
-    def end_sweep(self, *_: Any) -> None:
+    def end_sweep(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook for after the model's forward."""
         if self._recorder is not None:
             self._recorder.end_sweep()
         self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
+        if self._residency is not None:
+            self._residency.after(output)
 
     def _mark(self) -> Mark:
         device = self._streaming.coordinator.device

@@ -33,7 +33,10 @@ SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget /
 # Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
 # plain parameters: their own weights are kept in memory.
 ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-HEADROOM = 512 << 20  # bytes of free memory left to activations, KV cache and the libraries' own pages
+HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
+HEADROOM_SHARE = (
+    16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
+)
 
 
 @dataclass
@@ -105,9 +108,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Account:
-    """Where the budget went, in bytes. `ceiling` bounds the sum of the others."""
+    """Where the budget went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
+
+    `free` is what the machine had when the plan was made, less headroom: those and activations have to fit there.
+    """
 
     ceiling: int
+    free: int
     residents: int
     window: int
     conversions: int
@@ -121,9 +128,16 @@ class Streaming:
 
     coordinator: Coordinator
     weights: list[Weight]
+    footprints: list[Footprint]  # of each weight
+    placement: Placement
     account: Account
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
+
+    def unsettle(self, index: int) -> None:
+        """Put the streamed parameter of the weight with this index back where it is used."""
+        for slot in self.slots[index]:
+            slot.fill(self.parameters[index])
 
     def install(self) -> None:
         """Put the streamed parameters in their slots, in place of what is there."""
@@ -188,13 +202,14 @@ def stream(
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
         account = Account(
             ceiling=budget,
+            free=default_budget(),
             residents=placement.resident_bytes,
             window=placement.window_bytes,
             conversions=placement.transient_bytes,
             small=parts.small_bytes,
             bounce=parts.bounce,
         )
-        streaming = Streaming(coordinator, weights, account, slots, parameters)
+        streaming = Streaming(coordinator, weights, parts.footprints, placement, account, slots, parameters)
         streaming.install()
         if in_memory:
             total = sum(weight.nbytes for weight in weights)
@@ -209,7 +224,7 @@ def stream(
 def default_budget() -> int:
     """Bytes zinfer allocates at most where the user sets no ceiling: what is free now, less headroom."""
     free = free_memory()
-    return max(free - min(HEADROOM, free // 4), 0)
+    return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
 
 
 def _budget(ceiling: int | None) -> int:

@@ -319,11 +319,11 @@ def test_a_prediction_stands_beside_what_was_measured(recorded):
     runtime = recorded.zinfer
     assert runtime.report().predicted_seconds is None
     assert "predicted" not in str(runtime.report())
-    runtime = type(runtime)(recorded, runtime._streaming, "folder", "nvme", 0, predicted_seconds=0.5)
+    runtime = type(runtime)(recorded, runtime._streaming, "folder", "none", 0, predicted_seconds=0.5)
     assert "predicted  0.500 s a sweep\n" in str(runtime.report())
     for _ in range(3):
-        runtime.begin_sweep()
-        runtime.end_sweep()
+        runtime.begin_sweep(recorded, (), {})
+        runtime.end_sweep(recorded, (), None)
     report = runtime.report()
     assert report.predicted_seconds == 0.5
     assert f"measured {report.sweep_seconds:.3f} s, " in str(report)

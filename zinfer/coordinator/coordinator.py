@@ -137,6 +137,43 @@ class Coordinator:
             Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
             progress(weight.nbytes)
 
+    def change_residents(
+        self, leave: Sequence[Weight], join: Sequence[Weight], on_leave: Callable[[Weight], None]
+    ) -> None:
+        """Stream the weights in `leave` from now on, and keep those in `join` from their next use on.
+
+        `on_leave` is called, under the lock, for each that was resident already. Its memory goes back to the kernel
+        when the last tensor on it dies: operators that run with it now are not disturbed.
+        """
+        with self._lock:
+            for weight in join:
+                weight.wants_residence = True
+            for weight in leave:
+                weight.wants_residence = False
+                if weight.resident is not None:
+                    weight.resident = None
+                    on_leave(weight)
+                self.device.release(weight)
+
+    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
+        """Give all weights' memory back, and take it anew for these residents and a window of that size.
+
+        Raises BudgetError while tensors on the window are in use, by other threads' operators or by callers.
+        """
+        with self._lock:
+            for reader in list(self._readers):
+                reader.forget()
+            window = self.device.window
+            if window is not None and window.in_use:
+                gc.collect()
+                if window.in_use:
+                    raise BudgetError(
+                        f"a larger key-value cache needs another division of memory, but {window.in_use} bytes of the "
+                        "window are in use by other threads or by tensors kept; call again when they are done, or "
+                        "raise max_memory['cpu']"
+                    )
+            self.device.renew_memory(residents, window_bytes)
+
     def close(self) -> None:
         """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
         with self._lock:

@@ -106,6 +106,19 @@ class CpuDevice:
         if self.window is not None:
             self.window.close()
 
+    def release(self, weight: Weight) -> None:
+        """Give the place of `weight`, if it has one, back to the kernel as soon as no tensor is on it."""
+        if self.residents is not None and self.residents.has(weight):
+            self.residents.release(weight)
+
+    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
+        """Give the window and all places back, and take new ones. No weight may be resident, no read under way."""
+        for memory in (self.residents, self.window):
+            if memory is not None:
+                memory.close()
+        self.window = self.residents = None
+        self._take_memory(residents, window_bytes, at_once=False)
+
     def in_place(self, weight: Weight) -> bool:
         """Whether a read of `weight` would go to the place where it stays, and take no room in the window."""
         residents = self.residents

@@ -40,7 +40,7 @@ class Residents:
         self._held: dict[Weight, int] = dict.fromkeys(self._places, 0)  # views of its place that are out
         self._watching: dict[int, weakref.ref[memoryview]] = {}
         self._released: set[Weight] = set()
-        self._present = total if at_once else 0  # bytes from the start of the mapping
+        self._present = set(self._places) if at_once else set()
         self._closing = threading.Event()
         self.pool: Pool | None = None
         self._block: Region | None = None
@@ -52,27 +52,29 @@ class Residents:
         assert self._block is not None
         if not at_once:
             self._populating = threading.Thread(
-                target=self._populate, args=(self._block.address, total), name="zinfer-touch", daemon=True
+                target=self._populate, args=(self._block.address,), name="zinfer-touch", daemon=True
             )
             self._populating.start()
 
-    def _populate(self, address: int, total: int) -> None:
-        for at in range(0, total, STEP_BYTES):
-            if self._closing.is_set():
-                return
-            if not populate(address + at, min(STEP_BYTES, total - at)):
-                break  # an old kernel: pages come when they are read into
-            self._present = at
-        self._present = total
+    def _populate(self, address: int) -> None:
+        for weight, place in self._places.items():
+            end = place + weight.layout.nbytes
+            for at in range(place, end, STEP_BYTES):
+                if self._closing.is_set():
+                    return
+                if weight in self._released or not populate(address + at, min(STEP_BYTES, end - at)):
+                    break  # its pages come when it is read, as on an old kernel all do
+            with self._lock:
+                self._present.add(weight)
+                self._give_back_if_free(weight)
 
     def has(self, weight: Weight) -> bool:
         """Whether `weight` has a place."""
         return weight in self._places
 
     def present(self, weight: Weight) -> bool:
-        """Whether `weight` has a place whose pages have been made present."""
-        place = self._places.get(weight)
-        return place is not None and place + weight.layout.nbytes <= self._present
+        """Whether `weight` has a place that need not be waited for."""
+        return weight in self._present
 
     def take(self, weight: Weight) -> tuple[Any, int]:
         """A view of the place of `weight`, which whatever is made over it keeps alive, and its address."""
