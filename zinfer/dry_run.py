@@ -54,10 +54,11 @@ def dry_run(model: Any, held: Sequence[Held], batch: int, prompt: int, new_token
                 return Work(batch, first.finish(), first.finish(), 0, first.peak)
             prompt_cache = _tensor_bytes(output)
             del output
-            cache = _cache_at(model, batch, before + new_tokens // 2, memory)
+            with Recorder(weights, on_demand):
+                cache = _cache_at(model, batch, before + new_tokens // 2, memory)
+                longest = _tensor_bytes(_cache_at(model, batch, before + new_tokens - 1, memory))
             with Recorder(weights, on_demand) as later:
                 _step(model, batch, 1, cache, memory)
-            longest = _tensor_bytes(_cache_at(model, batch, before + new_tokens - 1, memory))
     except _REFUSALS as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DryRunError(f"{type(error).__name__}: {reason}") from error
@@ -178,7 +179,7 @@ class Recorder(TorchDispatchMode):
         self._asks: dict[int, float] = {}
         self._live: dict[int, set[int]] = {}  # storage -> tensors on it that are alive
         self._watch: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._attention = _Attention(self)
+        self._fused = _Fused(self)
         self._used = self.peak = 0
 
     def finish(self) -> Pass:
@@ -187,13 +188,13 @@ class Recorder(TorchDispatchMode):
         return Pass(operators, tuple(sorted(self._asks.items())))
 
     def __enter__(self) -> Recorder:
-        self._attention.__enter__()
+        self._fused.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._attention.__exit__(*exception)
+        self._fused.__exit__(*exception)
         self._watch.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,6 +223,17 @@ class Recorder(TorchDispatchMode):
         nbytes = sum(map(_nbytes, (query, query, key, value)))
         self._add("attention", query.dtype, length, flops, nbytes)
 
+    def note_experts(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Rows times the matrices of the experts they go to; of E, E(1 - (1 - 1/E)^rows) are chosen if at random."""
+        experts = right.shape[0]
+        chosen = experts * -math.expm1(left.shape[0] * math.log1p(-1 / experts)) if experts > 1 else 1.0
+        if (index := self._weights.get(_storage(right))) is not None:
+            self._asks[index] = chosen / experts if self._on_demand else 1.0
+        flops = 2 * left.numel() * right.shape[-1]
+        nbytes = _nbytes(left) + left.shape[0] * right.shape[-1] * left.element_size()
+        nbytes += int(_nbytes(right) * chosen / experts)
+        self._add("matmul", left.dtype, max(1.0, left.shape[0] / chosen), flops, nbytes)
+
     def _note(
         self,
         func: Any,
@@ -238,9 +250,6 @@ class Recorder(TorchDispatchMode):
             self._add("copy", dtype, 1, 0, 2 * out_bytes)
             return
         held = {_storage(tensor): tensor for tensor in inputs if _storage(tensor) in self._weights}
-        if "grouped_mm" in packet.__name__:
-            self._note_experts(inputs, outputs, held)
-            return
         for storage in held:
             self._asks[self._weights[storage]] = 1.0
         nbytes = out_bytes + sum(map(_nbytes, inputs))
@@ -251,22 +260,6 @@ class Recorder(TorchDispatchMode):
             right = max(held.values(), key=torch.Tensor.numel) if held else matrices[-1]
             rows = max(1.0, flops / (2 * max(right.numel(), 1)))
         self._add("matmul" if flops else "copy", dtype, rows, flops, nbytes)
-
-    def _note_experts(
-        self,
-        inputs: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
-        held: Mapping[int, torch.Tensor],
-    ) -> None:
-        """Rows go to experts at random: of E, E(1 - (1 - 1/E)^rows) are expected to be chosen."""
-        left, right = inputs[0], inputs[1]
-        experts = right.shape[0]
-        chosen = experts * -math.expm1(left.shape[0] * math.log1p(-1 / experts)) if experts > 1 else 1.0
-        for storage in held:
-            self._asks[self._weights[storage]] = chosen / experts if self._on_demand else 1.0
-        nbytes = _nbytes(left) + sum(map(_nbytes, outputs)) + _nbytes(right) * chosen / experts
-        rows = max(1.0, left.shape[0] / chosen)
-        self._add("matmul", left.dtype, rows, 2 * left.numel() * outputs[0].shape[-1], nbytes)
 
     def _add(self, kind: str, dtype: torch.dtype, rows: float, flops: float, nbytes: float) -> None:
         self._operators[kind, str(dtype).removeprefix("torch."), rows, flops, nbytes] += 1
@@ -293,8 +286,8 @@ class Recorder(TorchDispatchMode):
         self._watch[name] = weakref.ref(tensor, forget)
 
 
-class _Attention(TorchFunctionMode):
-    """Takes fused attention for one operator, whichever kernel the device at hand would choose."""
+class _Fused(TorchFunctionMode):
+    """Takes fused attention and products with experts for one operator, whichever kernel a device would choose."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -302,15 +295,29 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        given = dict(
-            zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
-        )
-        given |= kwargs
-        query, key, value = given["query"], given["key"], given["value"]
-        self._recorder.note_attention(query, key, value, bool(given.get("is_causal")))
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            return self._attend(*args, **kwargs)
+        if name.startswith(("grouped_mm", "_grouped_mm")):
+            return self._multiply(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        self._recorder.note_attention(query, key, value, is_causal)
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    def _multiply(self, left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self._recorder.note_experts(left, right)
+        return left.new_empty(left.shape[0], right.shape[-1])
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -48,14 +48,14 @@ def outline_of(model: Any, dtype: Any, options: dict[str, Any]) -> Outline:
             "a live module has its weights in memory; plan for its config: zinfer.plan(model.config)"
         )
     if isinstance(model, transformers.PreTrainedConfig):
+        _refuse(options, "a config object")
         return _from_config(copy.deepcopy(model), type(model).__name__, dtype)
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(name, str) or not name or "\0" in name:
         raise OptionError(f"model={model!r} is no path, shape, hub id or config")
     if os.path.isdir(name) and find_shards(name) is not None:
         return _from_checkpoint(name, dtype, options)
-    if options:
-        raise OptionError(f"{sorted(options)} has no effect: {name} is planned for from its config alone")
+    _refuse(options, name)
     if os.path.exists(name):
         if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
             raise CheckpointError(f"{name}: neither config.json nor model.safetensors in it")
@@ -63,6 +63,11 @@ def outline_of(model: Any, dtype: Any, options: dict[str, Any]) -> Outline:
     if name in SHAPES:
         return _from_config(resolve_config(name), name, dtype)
     return _from_config(_hub_config(name), name, dtype)
+
+
+def _refuse(options: dict[str, Any], name: str) -> None:
+    if options:
+        raise OptionError(f"{sorted(options)} has no effect: {name} is planned for from its config alone")
 
 
 def _from_checkpoint(folder: str, dtype: Any, options: dict[str, Any]) -> Outline:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.cost import Operator, Pass, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, load_hardware
 from zinfer.planner.memory import free_memory, parse_size
+from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 from zinfer.streaming import HEADROOM, Held, Parts, check_offload, gather, least_budget
@@ -89,6 +90,7 @@ class _Task:
     ceilings: dict[str | int, int]
     offload: str
     free: int
+    divided: dict[int, Parts] = field(default_factory=dict)
 
     def budgets(self, batch: int) -> tuple[int, int]:
         """Bytes for the host and for the device.
@@ -102,19 +104,19 @@ class _Task:
         room = max(self.free - self.work.memory(batch), 0)
         return min(self.ceilings.get("cpu", room), spare), 0
 
+    def parts(self, host: int) -> Parts:
+        """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
+        if host not in self.divided:
+            self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
+        return self.divided[host]
+
     def place(self, batch: int) -> tuple[Parts, Tiers]:
-        """Raises BudgetError where that batch, or even one operator, does not fit."""
+        """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
         host, device = self.budgets(batch)
         memory = self.work.memory(batch)
-        parts = Parts(self.held, max(host, 1), allocated=False)
+        parts = self.parts(host)
         if self.hardware.has_device:
-            tiers = place_on_tiers(
-                parts.footprints,
-                device - memory - parts.small_bytes,
-                host - parts.bounce,
-                drive=self.offload in ("auto", "nvme"),
-            )
-            return parts, tiers
+            return parts, self._place_on_tiers(parts, host, device, memory)
         least = least_budget(parts, self.held, self.offload)
         if least > host:
             raise BudgetError(
@@ -124,10 +126,33 @@ class _Task:
             )
         if host + memory > self.free:
             raise BudgetError(
-                f"a budget of {host} bytes leaves {self.free - host} of host memory, but cache and activations of "
-                f"batch {batch} take {memory}; give max_memory['cpu'] at most {max(self.free - memory, 0)}"
+                f"a budget of {host} bytes leaves {self.free - host} of host memory, but cache and activations take "
+                f"{memory}"
             )
         return parts, place_on_cpu(parts.footprints, host - parts.fixed)
+
+    def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
+        needed = smallest(parts.footprints) if parts.footprints else 0
+        needed += parts.small_bytes + memory
+        if needed > device:
+            raise BudgetError(
+                f"the device's budget is {device} bytes, but cache, activations, small tensors and the largest operator "
+                f"take more: the smallest max_memory[0] that works is {needed} bytes",
+                needed,
+            )
+        available = device - memory - parts.small_bytes
+        drive = self.offload in ("auto", "nvme")
+        try:
+            return place_on_tiers(parts.footprints, available, host - parts.bounce, drive=drive)
+        except BudgetError as error:
+            least = (error.smallest or 0) + parts.bounce
+            more = self.parts(least)  # a larger budget has larger buffers
+            least = max(least, (error.smallest or 0) + more.bounce)
+            raise BudgetError(
+                f"the host's budget is {host} bytes with offload={self.offload!r}: the smallest max_memory['cpu'] that "
+                f"works is {least} bytes",
+                least,
+            ) from error
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""

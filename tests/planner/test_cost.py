@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from tests.planner.machines import cpu, gpu
 from zinfer.planner.assumed import Matrix, assumed_work
-from zinfer.planner.cost import MOST_BATCH, Bounds, Operator, Pass, Work, compute_seconds, largest_batch, sweep
+from zinfer.planner.cost import (
+    MOST_BATCH,
+    Bounds,
+    Operator,
+    Pass,
+    Work,
+    compute_seconds,
+    largest_batch,
+    sweep,
+)
 from zinfer.planner.plan import times
 
 GB = 10**9

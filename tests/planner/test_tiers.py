@@ -22,7 +22,9 @@ def seconds(weights: list[Footprint], tiers: Tiers) -> float:
 
 def memories(weights: list[Footprint]) -> st.SearchStrategy[int]:
     """Bytes with which either tier works, from the least to more than enough."""
-    return st.integers(smallest(weights) + sum(w.transient for w in weights), all_resident(weights) + (1 << 30))
+    return st.integers(
+        smallest(weights) + sum(w.transient for w in weights), all_resident(weights) + (1 << 30)
+    )
 
 
 @settings(deadline=None)
