@@ -136,8 +136,8 @@ class _Task:
         needed += parts.small_bytes + memory
         if needed > device:
             raise BudgetError(
-                f"the device's budget is {device} bytes, but cache, activations, small tensors and the largest operator "
-                f"take more: the smallest max_memory[0] that works is {needed} bytes",
+                f"the device's budget is {device} bytes, but cache, activations, small tensors and the largest "
+                f"operator take more: the smallest max_memory[0] that works is {needed} bytes",
                 needed,
             )
         available = device - memory - parts.small_bytes
