@@ -181,10 +181,13 @@ def _curve(dtype: torch.dtype) -> tuple[Curve, bool]:
     each = WIDTH * WIDTH * dtype.itemsize
     count = max(2, min(WORKING_SET, max(free_memory() // 4, LEAST_SET)) // each)
     # Like streamed parameters, these require grad: torch takes another path for those that do not.
-    weights = [torch.full((WIDTH, WIDTH), 0.01, dtype=dtype).requires_grad_(True) for _ in range(count)]
+    # Random values: with one value throughout, processors draw less power and compute faster than in a model.
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(WIDTH, WIDTH, generator=random).mul_(0.02).to(dtype)
+    weights = [base.clone().requires_grad_(True) for _ in range(count)]
     points, spreads = [], []
     for rows in ROWS:
-        x = torch.full((rows, 1, WIDTH), 0.5, dtype=dtype)
+        x = torch.randn(rows, 1, WIDTH, generator=random).to(dtype)
         times = _times(partial(_product, x, weights))
         median = statistics.median(times)
         points.append((rows, 2 * rows * WIDTH * WIDTH / median))
