@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -53,6 +54,7 @@ ATTENTION = (
     128,
     128,
 )  # sequences, heads, tokens and width of the cache that attention is measured with
+BUSY_PERCENT, BUSY_SECONDS = 25, 0.2  # of all cores, used by others before anything is measured
 BUSY = 1.6  # a median this many times the fastest quarter: something else was running
 
 
@@ -104,7 +106,7 @@ def _usable(record: Any, conditions: dict[str, Any]) -> Hardware | None:
 
 
 def _measure(paths: Sequence[str], device: BlockDevice) -> Hardware:
-    curves, busy = {}, False
+    curves, busy = {}, psutil.cpu_percent(BUSY_SECONDS) > BUSY_PERCENT
     for name, dtype in DTYPES.items():
         curves[name], disturbed = _curve(dtype)
         busy = busy or disturbed
