@@ -19,11 +19,13 @@ PUBLIC = [
     "ClosedError",
     "DriveError",
     "OptionError",
+    "Plan",
     "ReadOnlyError",
     "Report",
     "StoreError",
     "ZinferError",
     "__version__",
+    "plan",
     "run",
 ]
 
@@ -48,8 +50,12 @@ LAYERS = [
     "runtime",
     "attach",
     "run",
-    "zinfer",  # the package itself: what `import zinfer` offers
     "synth",
+    "outline",
+    "dry_run",
+    "hardware_probe",
+    "planning",
+    "zinfer",  # the package itself: what `import zinfer` offers
     "doctor",
     "cli",
     "__main__",

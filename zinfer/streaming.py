@@ -273,12 +273,19 @@ def _small_bytes(small: Sequence[Held]) -> int:
     return lay_out([p for item in small for p in placements_of(item.provenance)], unit=VECTOR).nbytes
 
 
-def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
-    budget, needed = parts.budget, parts.needed(offload)
-    if needed > budget:
+def least_budget(parts: Parts, held: Sequence[Held], offload: str) -> int:
+    """The fewest bytes that `held` needs; where that is more than parts.budget, the smallest budget that works."""
+    needed = parts.needed(offload)
+    if needed > parts.budget:
         # A larger budget keeps more tensors and has larger buffers: go up until one fits what it keeps.
         while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
             needed = more
+    return needed
+
+
+def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
+    budget, needed = parts.budget, least_budget(parts, held, offload)
+    if needed > budget:
         what = (
             f"offload={offload!r} keeps the whole model in memory"
             if offload in ("cpu", "none")
