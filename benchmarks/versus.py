@@ -35,6 +35,7 @@ from benchmarks.versus_tables import (
 )
 from benchmarks.worker import Task, weight_files
 
+HEADLINE = "3GiB:1"
 CELLS = [f"{size}GiB:{batch}" for batch in (1, 32) for size in (1, 2, 3, 4)]
 PROMPT_TOKENS = 16
 PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
@@ -87,8 +88,6 @@ class Versus:
     def _convert(self, tool: Tool, python: str) -> None:
         target = os.path.join(self.scratch, tool.name)
         os.mkdir(target)
-        if tool.name == "llamacpp":
-            target = os.path.join(target, "model.gguf")
         command = [python, "-m", "benchmarks.tools", tool.name, self.checkpoint, target]
         ended = run_sampled(command, anonymous_bytes)
         if ended.exit_code != 0:
@@ -104,7 +103,10 @@ class Versus:
                 self.remarks.append("the model does not fit into this machine's memory")
                 return
             counted = max(self.options.counted, self.options.other_counted)
-            self.references[batch] = self.bench.run(self.task("memory", batch, counted), None)
+            try:
+                self.references[batch] = self.bench.run(self.task("memory", batch, counted), None)
+            except RunFailed as error:
+                self.remarks.append(f"in memory, batch {batch}: {error.reason}")
 
     def run_cells(self, rounds: dict[Cell, int], headline: Cell) -> None:
         """All limited runs. A tool that fails in a cell is told there, and not tried in it again."""
@@ -150,9 +152,9 @@ def body(versus: Versus, headline: Found | None, model_bytes: int) -> str:
     versions = versus.versions()
     parts = [
         f"{model_bytes / GB:.2f} GB of weights, {PROMPT_TOKENS} prompt tokens a row, greedy, threads: {cores()}. "
-        f"Counted tokens: {options.counted} in {options.headline}, {options.other_counted} elsewhere; rounds: "
-        f"{options.rounds} and {options.other_rounds}; a limit counts the page cache. Load and first token are "
-        f"counted from the loading call, after all imports. {len(versus.bench.discarded)} runs were disturbed by "
+        f"Counted tokens: {options.counted} in {headline.cell.name if headline else 'no cell'}, "
+        f"{options.other_counted} elsewhere; rounds: {options.rounds} and {options.other_rounds}; a limit "
+        f"counts the page cache. Load and first token are counted from the loading call, after all imports. {len(versus.bench.discarded)} runs were disturbed by "
         f"other processes and repeated.{conversions}{f' Venvs: {versions}.' if versions else ''}",
         "## Seconds a token",
         summary_table(cells, versus.tools, "seconds_a_token", 2),
@@ -193,7 +195,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cells", nargs="+", default=CELLS, metavar="LIMIT:BATCH", help=f"default: {' '.join(CELLS)}"
     )
-    parser.add_argument("--headline", default="3GiB:1", help="the cell with --rounds and --counted")
+    parser.add_argument(
+        "--headline",
+        metavar="LIMIT:BATCH",
+        help=f"the cell with --rounds and --counted; default: {HEADLINE} if it is one of the cells",
+    )
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS), metavar="TOOL")
     parser.add_argument("--rounds", type=int, default=5, help="of the headline cell")
     parser.add_argument("--other-rounds", type=int, default=1, help="of every other cell")
@@ -220,6 +226,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("rounds and counted tokens are at least 1")
     if options.probe_seconds <= 0 or options.run_seconds <= 0:
         parser.error("--probe-seconds and --run-seconds are more than 0")
+    if options.headline and options.headline not in options.cells:
+        parser.error(f"--headline {options.headline} is not one of the --cells")
     if "zinfer" not in options.tools:
         parser.error("--tools must name zinfer: all others are compared with it")
     return options
@@ -229,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the comparison; 0 when every requirement is met."""
     options = _parse(arguments)
     checkpoint = os.path.abspath(options.checkpoint)
-    headline = Cell.parse(options.headline)
+    headline = Cell.parse(options.headline or HEADLINE)
     cells = {cell: Found(cell) for cell in map(Cell.parse, options.cells)}
     drive, load = drive_of(checkpoint), os.getloadavg()[0]
     model_bytes = sum(os.path.getsize(path) for path in weight_files(checkpoint))

@@ -2,7 +2,8 @@
 
 A module has `PACKAGES`, the distributions whose versions matter, and `prepare(task)`, which imports all that
 the tool needs, its model's own module included, and returns what loads the model. Some have
-`convert(checkpoint, target)`, which writes the tool's own copy of the weights once, before the runs.
+`convert(checkpoint, target)`, which writes the tool's own copy of the weights into the folder
+`target` once, before the runs.
 
 At the top of a module stands only what every Python has: the parent process imports them all.
 """

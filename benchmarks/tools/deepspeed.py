@@ -66,7 +66,7 @@ def largest_parameter(checkpoint: str) -> int:
 
 def compile_operators() -> None:
     """Compile DeepSpeed's operators into the venv, once. A build that was killed left a lock: it is removed."""
-    for lock in Path(sys.prefix, "torch_extensions").glob("*/*/lock"):
+    for lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
         lock.unlink()
     start()
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.worker import Task
 
 PACKAGES = ("llama-cpp-python", "gguf", "numpy")
+FILE = "model.gguf"
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -46,7 +47,7 @@ def gguf_name(name: str) -> str:
 
 
 def convert(checkpoint: str, target: str) -> None:
-    """Write the checkpoint of a bf16 Llama to the file `target`, matrices in bf16, norms in float32.
+    """Write the checkpoint of a bf16 Llama to a file in the folder `target`, matrices in bf16, norms in float32.
 
     The vocabulary is made up: ids go in and out. llama.cpp rotates neighbouring elements, transformers halves of
     a head, so the rows of the query and key projections change places (as in llama.cpp's own converter).
@@ -59,7 +60,7 @@ def convert(checkpoint: str, target: str) -> None:
         raise BenchmarkError(f"{checkpoint}: {config['model_type']}; this GGUF writer knows only Llamas")
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     key_heads, vocabulary = config["num_key_value_heads"], config["vocab_size"]
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(Path(target, FILE), "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(hidden)
     writer.add_block_count(config["num_hidden_layers"])
@@ -108,9 +109,10 @@ class LlamaCppSession(Session):
         options = library.llama_model_default_params()
         options.load_mode = library.LLAMA_LOAD_MODE_MMAP
         options.n_gpu_layers = 0
-        self._model = library.llama_model_load_from_file(str(task.converted).encode(), options)
+        path = Path(str(task.converted), FILE)
+        self._model = library.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
-            raise BenchmarkError(f"llama.cpp could not load {task.converted}")
+            raise BenchmarkError(f"llama.cpp could not load {path}")
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         most = task.batch * len(task.prompt)
         context = library.llama_context_default_params()

@@ -150,6 +150,12 @@ def test_a_comparison_without_zinfer_is_refused(capsys):
     assert "--tools must name zinfer" in capsys.readouterr().err
 
 
+def test_a_headline_that_is_no_cell_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        versus.main(["--checkpoint", "x", "--cells", "1GiB:1", "--headline", "3GiB:1"])
+    assert "--headline 3GiB:1 is not one of the --cells" in capsys.readouterr().err
+
+
 def test_gguf_names_are_those_of_a_llama():
     assert llamacpp.gguf_name("lm_head.weight") == "output.weight"
     assert llamacpp.gguf_name("model.layers.12.mlp.up_proj.weight") == "blk.12.ffn_up.weight"
