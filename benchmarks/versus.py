@@ -154,8 +154,9 @@ def body(versus: Versus, headline: Found | None, model_bytes: int) -> str:
         f"{model_bytes / GB:.2f} GB of weights, {PROMPT_TOKENS} prompt tokens a row, greedy, threads: {cores()}. "
         f"Counted tokens: {options.counted} in {headline.cell.name if headline else 'no cell'}, "
         f"{options.other_counted} elsewhere; rounds: {options.rounds} and {options.other_rounds}; a limit "
-        f"counts the page cache. Load and first token are counted from the loading call, after all imports. {len(versus.bench.discarded)} runs were disturbed by "
-        f"other processes and repeated.{conversions}{f' Venvs: {versions}.' if versions else ''}",
+        "counts the page cache. Load and first token are counted from the loading call, after all imports. "
+        f"{len(versus.bench.discarded)} runs were disturbed by other processes and repeated."
+        f"{conversions}{f' Venvs: {versions}.' if versions else ''}",
         "## Seconds a token",
         summary_table(cells, versus.tools, "seconds_a_token", 2),
         "## Seconds to the first token, loading included",
