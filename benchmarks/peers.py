@@ -23,7 +23,7 @@ from benchmarks.report import main_of
 
 TORCH = ("-r", str(ROOT / "constraints.txt"))
 TRANSFORMERS = ("transformers==5.23.0", "accelerate==1.15.0")
-COMPILE = "from benchmarks.tools import deepspeed; deepspeed.compile_operators()"
+COMPILE = "from benchmarks.tools import deepspeed; deepspeed.start()"
 
 
 @dataclass(frozen=True)

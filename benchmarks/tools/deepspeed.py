@@ -64,18 +64,16 @@ def largest_parameter(checkpoint: str) -> int:
     return most
 
 
-def compile_operators() -> None:
-    """Compile DeepSpeed's operators into the venv, once. A build that was killed left a lock: it is removed."""
-    for lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
-        lock.unlink()
-    start()
-
-
 def start() -> None:
-    """Load DeepSpeed's operators, and make this process the only one of its group."""
+    """Compile DeepSpeed's operators into the venv, or load them; make this process the only one of its group.
+
+    One process at a time uses the venv, so a lock on the operators is that of one that was killed: it goes.
+    """
+    operators = Path(sys.prefix, "torch_extensions")
+    for lock in operators.rglob("lock"):
+        lock.unlink()
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
-    os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "torch_extensions")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "TORCH_EXTENSIONS_DIR": str(operators)}
     # DeepSpeed asks ninja whether its operators are compiled.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     import deepspeed
