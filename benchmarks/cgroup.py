@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,15 +152,30 @@ def drop_page_cache() -> None:
 
 
 def run_limited(
-    command: Sequence[str], limit: int | None, drive: Drive, *, keep_page_cache: bool = False
+    command: Sequence[str],
+    limit: int | None,
+    drive: Drive,
+    *,
+    keep_page_cache: bool = False,
+    meanwhile: Callable[[], None] | None = None,
+    seconds: float | None = None,
 ) -> Usage:
-    """Run `command` in a group of its own that may hold `limit` bytes, from a cold page cache."""
+    """Run `command` in a group of its own that may hold `limit` bytes, from a cold page cache.
+
+    `meanwhile` is called ten times a second; after `seconds` the command is killed.
+    """
     with memory_group(limit) as group:
         if not keep_page_cache:
             drop_page_cache()
         before = drive.traffic()
         join = ["sh", "-c", f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"', "sh", *command]
-        ended = run_sampled(join, lambda _: group.anonymous())
+
+        def sample(_: int) -> int:
+            if meanwhile:
+                meanwhile()
+            return group.anonymous()
+
+        ended = run_sampled(join, sample, seconds=seconds)
         moved = drive.traffic() - before
         return Usage(
             exit_code=ended.exit_code,

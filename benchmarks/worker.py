@@ -2,40 +2,45 @@
 
 Every tool runs through the same loop: load, first token (prefill), a pause in which the drive's own rate
 is measured, one token that is not counted (it finds a window filled during the pause), the counted
-tokens, and the drive's rate again.
+tokens, and the drive's rate again. The measuring is the parent's (see bench.py): it must not use memory of
+the tool's group. This module runs in the venvs of all tools, so it imports none of them and not zinfer.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import json
 import os
-import shutil
+import platform
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from glob import glob
+from pathlib import Path
 from typing import Any
 
 from benchmarks import BenchmarkError
-from benchmarks.child import ROOT
+from benchmarks.child import peak_bytes
 from benchmarks.drive import Drive, Traffic, drive_of, process_traffic
-from benchmarks.neighbours import all_cpu_seconds, own_cpu_seconds
+from benchmarks.spans import Clock, Phase
+from benchmarks.tools import Session
 
-TOOLS = ("zinfer", "accelerate", "memory")
 SETTLED_SECONDS = 0.2  # without a byte read, the tool's look-ahead has come to rest
 SETTLE_LIMIT = 10.0
+ANSWER_SECONDS = 0.02  # between two looks for the parent's answer
 
 
 @dataclass(frozen=True)
 class Task:
     """What a worker does.
 
-    `scratch`: a folder on the checkpoint's drive, for a peer's files. `max_memory`: zinfer's budget in bytes,
-    None for its default. `probe_seconds`: how long to measure the drive, before and after the counted tokens;
-    0: not at all.
+    `tool`: a module of benchmarks/tools. `python`: of the tool's venv; None: this one. `batch`: sequences, see
+    `rows`. `scratch`: a folder on the checkpoint's drive, for the tool's files. `converted`: the tool's own copy
+    of the weights. `max_memory`: zinfer's budget in bytes, None for its default. `probe_seconds`: how long the
+    parent measures the drive, before and after the counted tokens; 0: not at all.
     """
 
     tool: str
@@ -43,39 +48,47 @@ class Task:
     prompt: list[int]
     new_tokens: int
     threads: int
+    batch: int = 1
+    python: str | None = None
     scratch: str | None = None
+    converted: str | None = None
     max_memory: int | None = None
     probe_seconds: float = 1.0
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompts of all sequences, each different: turned by one more id from row to row, then raised."""
+        turns = [divmod(number, len(self.prompt)) for number in range(self.batch)]
+        return [[token + up for token in self.prompt[by:] + self.prompt[:by]] for up, by in turns]
+
     def command(self, out: str) -> list[str]:
         """The command line of the worker that does this and writes its Outcome to `out`."""
-        return [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(self)), out]
-
-
-@dataclass
-class Phase:
-    """A span of the run: seconds, what the whole drive moved, and what this process had it move.
-
-    `foreign_cpu` are the CPU seconds that all other processes, the kernel's included, took meanwhile.
-    """
-
-    seconds: float
-    drive: Traffic
-    process: Traffic
-    foreign_cpu: float
+        drive = json.dumps(asdict(drive_of(self.checkpoint)))
+        return [
+            self.python or sys.executable,
+            "-m",
+            "benchmarks.worker",
+            json.dumps(asdict(self)),
+            drive,
+            out,
+        ]
 
 
 @dataclass
 class Outcome:
     """Sizes in bytes, times in seconds, rates in bytes a second.
 
-    `first_token` covers load and prefill: from the call that loads to the first token. `tokens_each` are
-    the counted tokens. `engine_first_token` is the engine's own count for that span (zinfer only).
+    `first_token` covers load and prefill: from the call that loads to the first token; `from_start` is from the
+    process's start to there. `tokens_each` are the counted tokens; `tokens` the ids of a step, row by row, step
+    after step. `probes` and `probe_rates` are filled in by the parent. `engine_first_token` is the tool's own
+    count of bytes for `first_token`, `resident` is weights in memory for good (zinfer only).
     """
 
     tool: str
+    versions: dict[str, str] = field(default_factory=dict)
     import_seconds: float = 0.0
     load_seconds: float = 0.0
+    from_start: float = 0.0
     first_token: Phase | None = None
     tokens_each: list[Phase] = field(default_factory=list)
     decode: Phase | None = None
@@ -96,138 +109,86 @@ def weight_files(checkpoint: str) -> list[str]:
     return files
 
 
-class Clock:
-    """Measures spans: time, the drive's traffic and this process's."""
+class Pauses:
+    """Asks the parent to measure the drive, by a file beside `out`, and waits for its answer.
 
-    def __init__(self, drive: Drive) -> None:
-        self.drive = drive
-        self.restart()
+    `asked` and `answered` name the files of pause `number`, for both sides.
+    """
 
-    def restart(self) -> None:
-        """Begin a span now."""
-        self._started = time.perf_counter()
-        self._drive_before, self._process_before = self.drive.traffic(), process_traffic()
-        self._foreign_before = all_cpu_seconds() - own_cpu_seconds()
+    def __init__(self, out: str) -> None:
+        self._out, self._number, self._parent = out, 0, os.getppid()
 
-    def span(self) -> Phase:
-        """What happened since the start of the span, which goes on."""
-        return Phase(
-            time.perf_counter() - self._started,
-            self.drive.traffic() - self._drive_before,
-            process_traffic() - self._process_before,
-            all_cpu_seconds() - own_cpu_seconds() - self._foreign_before,
-        )
+    @staticmethod
+    def asked(out: str, number: int) -> Path:
+        """Appears when the tool has come to rest."""
+        return Path(f"{out}.pause-{number}")
+
+    @staticmethod
+    def answered(out: str, number: int) -> Path:
+        """Appears when the drive has been measured."""
+        return Path(f"{out}.resume-{number}")
+
+    def take(self) -> None:
+        """Wait until this process reads nothing, then until the parent has measured."""
+        deadline = time.monotonic() + SETTLE_LIMIT
+        seen = -1
+        while (now := process_traffic().read) != seen and time.monotonic() < deadline:
+            seen = now
+            time.sleep(SETTLED_SECONDS)
+        self.asked(self._out, self._number).touch()
+        while not self.answered(self._out, self._number).exists():
+            if os.getppid() != self._parent:
+                raise BenchmarkError("the benchmark that started this worker has ended")
+            time.sleep(ANSWER_SECONDS)
+        self._number += 1
 
 
-def work(task: Task) -> Outcome:
+def seconds_since_start() -> float:
+    """Since this process was started, in steps of the kernel's clock tick (10 ms)."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc_pid_stat(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def work(task: Task, drive: Drive, out: str) -> Outcome:
     """Do `task` in this process."""
     outcome = Outcome(task.tool)
     started = time.perf_counter()
-    import torch
-
-    from zinfer.planner.memory import process_peak
-
-    load = _loader(task)
+    tool = importlib.import_module(f"benchmarks.tools.{task.tool}")
+    load = tool.prepare(task)
     outcome.import_seconds = time.perf_counter() - started
-    torch.set_num_threads(task.threads)
-    clock = Clock(drive_of(task.checkpoint))
-    model = load()
+    outcome.versions = {name: importlib.metadata.version(name) for name in tool.PACKAGES}
+    outcome.versions["python"] = platform.python_version()
+    clock = Clock(drive)
+    session: Session = load()
     outcome.load_seconds = clock.span().seconds
-    with torch.no_grad():
-        _decode(model, task, clock, outcome)
-    outcome.process_peak = process_peak()
-    if task.tool == "zinfer":
-        report = model.zinfer.report()
-        outcome.resident, outcome.report = report.resident_bytes, report.as_dict()
-        model.zinfer.close()
+    _decode(session, task, clock, Pauses(out) if task.probe_seconds else None, outcome)
+    outcome.process_peak = peak_bytes(os.getpid())
+    outcome.report = session.close()
+    outcome.resident = outcome.report["resident_bytes"] if outcome.report else None
     return outcome
 
 
-def _decode(model: Any, task: Task, clock: Clock, outcome: Outcome) -> None:
-    """Greedy decoding of one sequence, the key-value cache kept by the model's own code."""
-    import torch
+def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, outcome: Outcome) -> None:
+    def step(rows: list[list[int]]) -> list[list[int]]:
+        found = session.step(rows)
+        outcome.tokens += found
+        return [[token] for token in found]
 
-    cache: Any = None
-
-    def step(ids: list[int]) -> int:
-        nonlocal cache
-        result = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        return int(result.logits[0, -1].argmax())
-
-    outcome.tokens.append(step(task.prompt))
-    outcome.first_token = clock.span()
-    if task.tool == "zinfer":
-        outcome.engine_first_token = model.zinfer.bytes_read
-    _probe(task, clock, outcome)
-    outcome.tokens.append(step(outcome.tokens[-1:]))
+    last = step(task.rows)
+    outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
+    outcome.engine_first_token = session.engine_bytes
+    if pauses:
+        pauses.take()
+    last = step(last)
     whole = Clock(clock.drive)
     for _ in range(task.new_tokens - 2):
         clock.restart()
-        outcome.tokens.append(step(outcome.tokens[-1:]))
+        last = step(last)
         outcome.tokens_each.append(clock.span())
     outcome.decode = whole.span()
-    _probe(task, clock, outcome)
-
-
-def _probe(task: Task, clock: Clock, outcome: Outcome) -> None:
-    """Wait until this process reads nothing, then measure what plain direct reads reach."""
-    if not task.probe_seconds:
-        return
-    from zinfer.aio.probe import measure_read_rate
-
-    deadline = time.monotonic() + SETTLE_LIMIT
-    seen = -1
-    while (now := process_traffic().read) != seen and time.monotonic() < deadline:
-        seen = now
-        time.sleep(SETTLED_SECONDS)
-    clock.restart()
-    rate = measure_read_rate(weight_files(task.checkpoint), task.probe_seconds)
-    outcome.probe_rates.append(rate.bytes_per_second)
-    outcome.probes.append(clock.span())
-
-
-def _loader(task: Task) -> Callable[[], Any]:
-    """What loads the model, its packages imported already."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if task.tool == "zinfer":
-        import zinfer
-
-        limit = {"cpu": task.max_memory} if task.max_memory else None
-        return lambda: zinfer.run(task.checkpoint, offload="nvme", max_memory=limit)
-    if task.tool == "memory":
-        return lambda: transformers.AutoModelForCausalLM.from_pretrained(task.checkpoint, dtype="auto").eval()
-    import accelerate  # noqa: F401  # so that its import is not counted as loading
-
-    return lambda: transformers.AutoModelForCausalLM.from_pretrained(
-        task.checkpoint, dtype="auto", device_map=disk_map(task.checkpoint), offload_folder=task.scratch
-    ).eval()
-
-
-def disk_map(checkpoint: str) -> dict[str, str]:
-    """A device_map with every layer on "disk" and all else (embeddings, norm, head) on "cpu"."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    places: dict[str, str] = {}
-    for name, child in model.named_children():
-        parts = list(child.named_children()) if name == model.base_model_prefix else []
-        for inner, part in parts:
-            if isinstance(part, torch.nn.ModuleList):
-                places |= {f"{name}.{inner}.{index}": "disk" for index in range(len(part))}
-            else:
-                places[f"{name}.{inner}"] = "cpu"
-        if not parts:
-            places[name] = "cpu"
-    if "disk" not in places.values():
-        raise BenchmarkError(f"{type(model).__name__}: no list of layers found to put on the disk")
-    return places
+    if pauses:
+        pauses.take()
 
 
 def read_outcome(path: str) -> Outcome:
@@ -248,21 +209,13 @@ def read_outcome(path: str) -> Outcome:
 def main(arguments: Sequence[str]) -> None:
     """Do the task in `arguments[0]`; for the benchmarks only."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.worker", description="Internal: see decode.py."
+        prog="python -m benchmarks.worker", description="Internal: see bench.py."
     )
     parser.add_argument("task")
+    parser.add_argument("drive")
     parser.add_argument("out")
     options = parser.parse_args(arguments)
-    task = Task(**json.loads(options.task))
-    if task.tool == "accelerate":
-        parent = task.scratch or str(ROOT)
-        scratch = tempfile.mkdtemp(prefix="offload-", dir=parent)
-        try:
-            outcome = work(Task(**{**asdict(task), "scratch": scratch}))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    else:
-        outcome = work(task)
+    outcome = work(Task(**json.loads(options.task)), Drive(**json.loads(options.drive)), options.out)
     with open(options.out, "w", encoding="utf-8") as file:
         json.dump(asdict(outcome), file)
 

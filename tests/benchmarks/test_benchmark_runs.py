@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from benchmarks import BenchmarkError, cgroup, decode, depth, worker
+from benchmarks import BenchmarkError, cgroup, depth, versus
 from benchmarks.drive import drive_of
+from benchmarks.tools.accelerate import disk_map
 from zinfer.synth import synthesise
 
 
@@ -26,27 +27,34 @@ def content(path):
     return result, {item["name"]: item for item in result["requirements"]}
 
 
-def test_decode_compares_zinfer_with_a_peer_and_with_memory(tiny, tmp_path):
+def test_versus_compares_zinfer_with_peers_and_with_memory(tiny, tmp_path):
     try:
         with cgroup.memory_group(1 << 30):
             pass
     except BenchmarkError as error:
         pytest.skip(str(error))
     peers = ["accelerate"] if importlib.util.find_spec("accelerate") else []
-    out = tmp_path / "decode.json"
-    sizes = ["--limit", "1GiB", "--rounds", "1", "--new-tokens", "3", "--probe-seconds", "0.1"]
+    out = tmp_path / "versus.json"
+    sizes = ["--cells", "1GiB:3", "--headline", "1GiB:3", "--rounds", "1", "--counted", "2"]
+    sizes += ["--probe-seconds", "0.1", "--scratch", str(tmp_path)]
     sizes += ["--keep-page-cache", "--patience", "0", "--repeats", "0"]
-    decode.main(["--checkpoint", tiny, *sizes, "--peers", *peers, "--json", str(out)])
+    tools = ["zinfer", "deepspeed", *peers, "memory"]
+    versus.main(["--checkpoint", tiny, *sizes, "--tools", *tools, "--json", str(out)])
     result, required = content(out)
-    assert list(result["rounds"][0]) == ["zinfer", *peers]
-    assert required["tokens equal in every run (1: yes)"]["met"]
+    (cell,) = result["rounds"]
+    assert sorted(cell["runs"]) == sorted(["zinfer", *peers])
+    assert cell["failed"] == {"deepspeed": "needs --peers-folder"}
+    mine = cell["runs"]["zinfer"]["0"]["outcome"]
+    assert len(mine["tokens"]) == 4 * 3
+    assert mine["first_token"]["process"]["read"] >= mine["engine_first_token"] > 0
+    assert mine["from_start"] > mine["import_seconds"] + mine["load_seconds"]
+    assert len(mine["probe_rates"]) == len(mine["probes"]) == 2
+    assert required["cells in which zinfer ran"]["met"]
+    assert required["cells in which zinfer's tokens are memory's"]["met"]
     assert required["bytes zinfer wrote"]["met"]
-    assert required["processes killed"]["met"]
-    assert len(result["figures"]["in_memory"]["outcome"]["tokens"]) == 3
-    mine = result["rounds"][0]["zinfer"]
-    assert mine["outcome"]["first_token"]["process"]["read"] >= mine["outcome"]["engine_first_token"] > 0
-    assert len(mine["outcome"]["probe_rates"]) == 2
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("offload-")] == []
+    text = out.with_suffix(".md").read_text()
+    assert text.count("| equal |") == len(["zinfer", *peers, "memory"])
+    assert {path.name for path in tmp_path.iterdir()} == {"versus.json", "versus.md"}
 
 
 def test_depth_compares_two_models_of_one_width(tiny, tmp_path):
@@ -78,17 +86,17 @@ def test_depth_refuses_a_budget_that_holds_the_model(tmp_path):
 
 
 def test_a_failing_run_shows_the_end_of_its_output(tmp_path):
-    with pytest.raises(BenchmarkError, match=r"(?s)missing failed with exit code 1.*FileNotFoundError"):
-        depth.run_one(str(tmp_path / "missing"), 1 << 20)
+    with pytest.raises(BenchmarkError, match=r"(?s)failed with exit code 1.*config\.json"):
+        depth.run_one(str(tmp_path), 1 << 20)
 
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path):
     with pytest.raises(BenchmarkError, match=r"no \.safetensors file"):
-        decode.main(["--checkpoint", str(tmp_path)])
+        versus.main(["--checkpoint", str(tmp_path)])
 
 
-def test_the_peer_gets_every_layer_on_disk_and_the_rest_in_memory(tiny):
-    places = worker.disk_map(tiny)
+def test_accelerate_gets_every_layer_on_disk_and_the_rest_in_memory(tiny):
+    places = disk_map(tiny)
     assert {name for name, place in places.items() if place == "disk"} == {
         f"model.layers.{i}" for i in range(4)
     }
