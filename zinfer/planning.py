@@ -19,7 +19,7 @@ from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import HEADROOM, Held, Parts, check_offload, gather, least_budget
+from zinfer.streaming import Held, Parts, check_offload, gather, least_budget, less_headroom
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
 
@@ -92,17 +92,13 @@ class _Task:
     free: int
     divided: dict[int, Parts] = field(default_factory=dict)
 
-    def budgets(self, batch: int) -> tuple[int, int]:
-        """Bytes for the host and for the device.
-
-        On the CPU cache and activations lie beside the budget, as in zinfer.run; the default leaves them room.
-        """
-        spare = max(self.free - min(HEADROOM, self.free // 4), 0)
+    def budgets(self) -> tuple[int, int]:
+        """Bytes for the host and for the device."""
+        spare = less_headroom(self.free)
         if self.hardware.has_device:
             device = self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
             return min(self.ceilings.get("cpu", spare), spare), device
-        room = max(self.free - self.work.memory(batch), 0)
-        return min(self.ceilings.get("cpu", room), spare), 0
+        return min(self.ceilings.get("cpu", spare), spare), 0
 
     def parts(self, host: int) -> Parts:
         """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
@@ -112,7 +108,7 @@ class _Task:
 
     def place(self, batch: int) -> tuple[Parts, Tiers]:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
-        host, device = self.budgets(batch)
+        host, device = self.budgets()
         memory = self.work.memory(batch)
         parts = self.parts(host)
         if self.hardware.has_device:
@@ -124,12 +120,29 @@ class _Task:
                 f"offload={self.offload!r}",
                 least,
             )
-        if host + memory > self.free:
+        return parts, self._place_on_cpu(parts, host, batch)
+
+    def _place_on_cpu(self, parts: Parts, host: int, batch: int) -> Tiers:
+        """Caches count towards the budget, activations towards what is free: as in zinfer.run."""
+        available, cache = host - parts.fixed, self.work.cache(batch)
+        if self.offload in ("cpu", "none"):  # all stays, whatever else takes memory
+            if host + self.work.memory(batch) > self.free:
+                raise BudgetError(
+                    f"weights, cache and activations take {host + self.work.memory(batch)} bytes, more than the "
+                    f"{self.free} that are free"
+                )
+            return place_on_cpu(parts.footprints, available, available)
+        spare = less_headroom(self.free) - parts.fixed - self.work.memory(batch)
+        within = min(available - cache, spare)
+        needed = smallest(parts.footprints) if parts.footprints else 0
+        if needed > within:
             raise BudgetError(
-                f"a budget of {host} bytes leaves {self.free - host} of host memory, but cache and activations take "
-                f"{memory}"
+                f"the budget is {host} bytes, but the smallest operator window and small tensors take "
+                f"{needed + parts.fixed}, cache and activations {self.work.memory(batch)} of the "
+                f"{less_headroom(self.free)} that are free: max_memory['cpu']={needed + parts.fixed + cache} would do",
+                needed + parts.fixed + cache,
             )
-        return parts, place_on_cpu(parts.footprints, host - parts.fixed)
+        return place_on_cpu(parts.footprints, available, within)
 
     def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
         needed = smallest(parts.footprints) if parts.footprints else 0
@@ -198,7 +211,7 @@ def _plan(
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
-    host_budget, device_budget = task.budgets(batch)
+    host_budget, device_budget = task.budgets()
     small_bytes = parts.small_bytes
     total = sum(nbytes) + small_bytes
     return Plan(
@@ -227,7 +240,7 @@ def _plan(
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
         **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
         largest_batch=largest,
-        notes=tuple(notes + _budget_notes(task, batch)),
+        notes=tuple(notes),
         sources=dict(hardware.sources),
         tiers={
             weight.name: "device" if i in tiers.device else "host" if i in tiers.host else "nvme"
@@ -244,18 +257,6 @@ def _with_conversions(work: Pass, parts: Parts, of_weight: Sequence[int], kept: 
         if index not in kept and not isinstance(weight.provenance, Placed)
     ]
     return Pass((*work.operators, *replays), work.asks)
-
-
-def _budget_notes(task: _Task, batch: int) -> list[str]:
-    """What the reader has to know to get the same from zinfer.run."""
-    if task.hardware.has_device or "cpu" in task.ceilings:
-        return []
-    host, _ = task.budgets(batch)
-    if host < max(task.free - min(HEADROOM, task.free // 4), 0):
-        return [
-            f"cache and activations need more than the usual headroom: run with max_memory={{'cpu': {host}}}"
-        ]
-    return []
 
 
 def _work(
