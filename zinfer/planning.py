@@ -113,36 +113,32 @@ class _Task:
         parts = self.parts(host)
         if self.hardware.has_device:
             return parts, self._place_on_tiers(parts, host, device, memory)
-        least = least_budget(parts, self.held, self.offload)
+        cache = self.work.cache(batch)
+        streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
+        least = self._least(host, cache if streams else 0)
         if least > host:
             raise BudgetError(
                 f"the budget is {host} bytes; the smallest max_memory['cpu'] that works is {least} bytes with "
                 f"offload={self.offload!r}",
                 least,
             )
-        return parts, self._place_on_cpu(parts, host, batch)
-
-    def _place_on_cpu(self, parts: Parts, host: int, batch: int) -> Tiers:
-        """Caches count towards the budget, activations towards what is free: as in zinfer.run."""
-        available, cache = host - parts.fixed, self.work.cache(batch)
-        if self.offload in ("cpu", "none"):  # all stays, whatever else takes memory
-            if host + self.work.memory(batch) > self.free:
-                raise BudgetError(
-                    f"weights, cache and activations take {host + self.work.memory(batch)} bytes, more than the "
-                    f"{self.free} that are free"
-                )
-            return place_on_cpu(parts.footprints, available, available)
-        spare = less_headroom(self.free) - parts.fixed - self.work.memory(batch)
-        within = min(available - cache, spare)
-        needed = smallest(parts.footprints) if parts.footprints else 0
-        if needed > within:
+        taken = parts.fixed + memory
+        available = host - parts.fixed
+        left = less_headroom(self.free) - taken
+        if left < (smallest(parts.footprints) if parts.footprints and streams else 0):
             raise BudgetError(
-                f"the budget is {host} bytes, but the smallest operator window and small tensors take "
-                f"{needed + parts.fixed}, cache and activations {self.work.memory(batch)} of the "
-                f"{less_headroom(self.free)} that are free: max_memory['cpu']={needed + parts.fixed + cache} would do",
-                needed + parts.fixed + cache,
+                f"cache and activations take {memory} bytes of the {self.free} that are free, and leave too few for "
+                "the weights: make batch or prompt smaller"
             )
-        return place_on_cpu(parts.footprints, available, within)
+        within = min(available - cache, left) if streams else available
+        return parts, place_on_cpu(parts.footprints, available, within)
+
+    def _least(self, host: int, cache: int) -> int:
+        """The smallest host budget that works with a cache of that size; larger ones have larger buffers."""
+        needed = host
+        while (more := least_budget(self.parts(needed), self.held, self.offload) + cache) > needed:
+            needed = more
+        return needed if needed > host else more
 
     def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
         needed = smallest(parts.footprints) if parts.footprints else 0
