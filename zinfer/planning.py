@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 
 from zinfer.dry_run import DryRunError, dry_run
-from zinfer.errors import BudgetError, OptionError
-from zinfer.hardware_probe import this_machine
+from zinfer.errors import BudgetError, OptionError, ZinferError
+from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.outline import Outline, outline_of
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.cost import Operator, Pass, Work, largest_batch, moved_bytes, sweep
@@ -22,6 +23,8 @@ from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 from zinfer.streaming import Held, Parts, check_offload, gather, least_budget, less_headroom
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
+
+logger = logging.getLogger("zinfer")
 
 DEVICE_HEADROOM = (
     1 << 30
@@ -78,6 +81,29 @@ def plan(
         held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
     )
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
+
+
+def predicted_sweep(
+    folder: str, ceiling: int, offload: str, dtype: Any, options: Mapping[str, Any], batch: int, length: int
+) -> float | None:
+    """Seconds of a decoding step with `length` positions so far, for a run that is under way; None if unknown.
+
+    Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here.
+    """
+    shards = list(expected_shards(folder))
+    machine = measured_machine(shards[0]) if shards else None
+    if machine is None:
+        return None
+    budget = {"cpu": min(ceiling, machine.host_memory)}
+    shape: dict[str, Any] = {"batch": batch, "prompt": length, "new_tokens": 1}
+    try:
+        found = plan(
+            folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
+        )
+    except ZinferError as error:
+        logger.debug("no prediction: %s", error)
+        return None
+    return found.seconds_a_token
 
 
 @dataclass
