@@ -335,10 +335,11 @@ def test_a_prediction_stands_beside_what_was_measured(recorded):
     report = runtime.report()
     assert runtime.report().predicted_seconds == report.predicted_seconds == 0.5
     assert asked == [(2, 8)]
-    assert f"predicted  0.500 s a sweep; measured {report.sweep_seconds:.3f} s, " in str(report)
+    assert f" 0.500 s a sweep; measured {report.sweep_seconds:.3f} s, " in str(report)
 
 
-def test_a_run_on_a_measured_machine_is_predicted(folder, monkeypatch):
+def test_a_run_on_a_measured_machine_is_predicted(saved, monkeypatch):
+    folder = saved("llama")
     with run_tightly(folder, SPARE) as model:
         tokens(model, count=3)
         monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: None)
