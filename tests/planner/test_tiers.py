@@ -10,7 +10,7 @@ from tests.planner.machines import gpu
 from tests.planner.test_placement import MIB, footprints, weight_lists
 from zinfer.errors import BudgetError
 from zinfer.planner.cost import Pass, sweep
-from zinfer.planner.placement import WANTED_WINDOW, Footprint, all_resident, place, smallest
+from zinfer.planner.placement import GAP_BYTES, Footprint, all_resident, place, smallest
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 
 
@@ -44,7 +44,7 @@ def test_neither_tier_holds_more_than_its_budget(weights, data):
 def test_more_host_memory_is_never_slower_but_for_a_wider_window(weights, data):
     device = data.draw(memories(weights))
     low, high = sorted(data.draw(st.tuples(memories(weights), memories(weights))))
-    slack = (WANTED_WINDOW + 2 * max(w.window + w.resident for w in weights)) / gpu().drive_read
+    slack = (GAP_BYTES + 2 * max(w.window + w.resident for w in weights)) / gpu().drive_read
     more = seconds(weights, place_on_tiers(weights, device, high))
     assert more <= seconds(weights, place_on_tiers(weights, device, low)) + slack
 

@@ -15,9 +15,7 @@ MIN_WINDOW = 64 << 20  # bytes; two blocks a queue slot, below which a deep queu
 ROWS_WINDOW = (
     64 << 20
 )  # bytes; a table of rows up to this size may be asked for whole (positions, relative biases)
-WANTED_WINDOW = (
-    192 << 20
-)  # bytes; ~0.05 s of a 4-GB/s drive, what it reads while the head computes and a token is chosen
+GAP_BYTES = 160 << 20  # ~0.04 s of a 4-GB/s drive: it reads on while the head computes and a token is chosen
 COMPUTE_SHARE = 0.25  # time to compute with a weight over the time to read it; a CPU at batch 1
 
 
@@ -68,7 +66,7 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
         if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
             continue  # one more of the same size makes the window no smaller, only the spread uneven
         largest = max(floor, weights[by_size[kept]].window)
-        for window in {max(WANTED_WINDOW, 2 * largest), max(MIN_WINDOW, 2 * largest), 2 * largest, largest}:
+        for window in {GAP_BYTES + largest, max(MIN_WINDOW, 2 * largest), 3 * largest, 2 * largest, largest}:
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
                 options.append(option)
@@ -154,11 +152,12 @@ def _drive_bytes(weights: Sequence[Footprint], order: Sequence[int], placement: 
     """What a sweep costs, as bytes that the drive could have moved: those it reads, and its pauses.
 
     It pauses while an operator computes with a weight beside which the window has no room for another like it; and
-    once a sweep, while the head computes and a token is chosen, when the window is full.
+    once a sweep, between the last weight that streams and the first of the next token, when the window is full.
     """
     streamed = [weights[i].window for i in order if i not in placement.residents]
     alone = sum(size for size in streamed if 2 * size > placement.window_bytes)
-    return sum(streamed) + COMPUTE_SHARE * alone + max(0, WANTED_WINDOW - placement.window_bytes)
+    pause = max(0, GAP_BYTES + max(streamed, default=0) - placement.window_bytes)
+    return sum(streamed) + COMPUTE_SHARE * alone + pause
 
 
 def _with_largest_kept(
