@@ -17,12 +17,13 @@ from statistics import fmean
 
 import psutil
 
-from benchmarks import BenchmarkError
+from benchmarks import BenchmarkError, spans
 from benchmarks.cgroup import Usage, run_limited
 from benchmarks.drive import Drive, drive_of
 from benchmarks.neighbours import wait_until_quiet
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
-from benchmarks.worker import Outcome, Phase, Task, read_outcome, weight_files
+from benchmarks.spans import Phase
+from benchmarks.worker import Outcome, Task, read_outcome, weight_files
 from zinfer.planner.memory import parse_size
 
 PEERS = ("accelerate",)
@@ -36,10 +37,6 @@ RESIDENT_BOUND = 1.8e9
 RATIO_BOUND = 0.5
 LOAD_BOUND = 1.1
 QUIET_ROUNDS = 3  # fewer do not carry a median
-
-FOREIGN_READ = 0.05  # of the bytes that the tool itself read
-FOREIGN_BYTES = 64e6  # ... and this much besides: a tool that reads nothing has neighbours too
-FOREIGN_CPU = 0.4  # cores, over any of the spans watched
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,17 @@ class Run:
     @property
     def foreign_read(self) -> int:
         """Bytes that others read from the drive in those spans."""
-        return sum(max(0, span.drive.read - span.process.read) for span in self.watched)
+        return spans.foreign_read(self.watched)
 
     @property
     def foreign_cpu(self) -> float:
         """Cores that others kept busy in those spans: the most of them."""
-        return max(0.0, *(span.foreign_cpu / span.seconds for span in self.watched))
+        return spans.foreign_cpu(self.watched)
 
     @property
     def disturbed(self) -> bool:
         """Whether neighbours used so much of drive or CPU that the figures are not the tool's own."""
-        mine = sum(span.process.read for span in self.watched)
-        return self.foreign_read > FOREIGN_READ * mine + FOREIGN_BYTES or self.foreign_cpu > FOREIGN_CPU
+        return spans.disturbed(self.watched)
 
 
 def run_one(task: Task, limit: int | None, drive: Drive, keep_page_cache: bool) -> Run:

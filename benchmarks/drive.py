@@ -23,6 +23,9 @@ class Traffic:
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(self.read - earlier.read, self.written - earlier.written)
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
 
 @dataclass(frozen=True)
 class Drive:

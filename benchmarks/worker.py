@@ -1,8 +1,8 @@
 """One tool decoding one model, in a process of its own; the benchmarks start it and read its JSON.
 
-Every tool runs through the same loop: load, first token (prefill), a pause in which the drive's own rate
-is measured, one token that is not counted (it finds a window filled during the pause), the counted
-tokens, and the drive's rate again.
+Every tool runs through the same loop: load, first token (prefill), then stretches, each of a pause in which
+the drive's own rate is measured, one token that is not counted (it finds a window filled during the pause)
+and counted tokens; and the drive's rate once more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks import BenchmarkError
 from benchmarks.child import ROOT
-from benchmarks.drive import Drive, Traffic, drive_of, process_traffic
-from benchmarks.neighbours import all_cpu_seconds, own_cpu_seconds
+from benchmarks.drive import Traffic, drive_of, process_traffic
+from benchmarks.spans import Clock, Phase
 
 TOOLS = ("zinfer", "accelerate", "memory")
 SETTLED_SECONDS = 0.2  # without a byte read, the tool's look-ahead has come to rest
@@ -34,8 +34,10 @@ class Task:
     """What a worker does.
 
     `scratch`: a folder on the checkpoint's drive, for a peer's files. `max_memory`: zinfer's budget in bytes,
-    None for its default. `probe_seconds`: how long to measure the drive, before and after the counted tokens;
-    0: not at all.
+    None for its default. `probe_seconds`: how long to measure the drive in each pause; 0: not at all.
+    `probe_bytes`: memory that a second such measurement reads into; 0: no second one. `stretches`: of counted
+    tokens, with a pause before, between and after them. `batch`: sequences, see `rows`. `copied`: the tool
+    "memory" copies its weights out of the checkpoint's mapping, whose pages the kernel may drop.
     """
 
     tool: str
@@ -46,6 +48,22 @@ class Task:
     scratch: str | None = None
     max_memory: int | None = None
     probe_seconds: float = 1.0
+    probe_bytes: int = 0
+    stretches: int = 1
+    batch: int = 1
+    copied: bool = False
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompts of all sequences: the prompt, turned by one more id from row to row."""
+        turns = [number % len(self.prompt) for number in range(self.batch)]
+        return [self.prompt[turn:] + self.prompt[:turn] for turn in turns]
+
+    @property
+    def counted(self) -> list[int]:
+        """Counted tokens of each stretch: what the first token and one in each stretch leave of `new_tokens`."""
+        left = self.new_tokens - 1 - self.stretches
+        return [left // self.stretches + (number < left % self.stretches) for number in range(self.stretches)]
 
     def command(self, out: str) -> list[str]:
         """The command line of the worker that does this and writes its Outcome to `out`."""
@@ -53,24 +71,14 @@ class Task:
 
 
 @dataclass
-class Phase:
-    """A span of the run: seconds, what the whole drive moved, and what this process had it move.
-
-    `foreign_cpu` are the CPU seconds that all other processes, the kernel's included, took meanwhile.
-    """
-
-    seconds: float
-    drive: Traffic
-    process: Traffic
-    foreign_cpu: float
-
-
-@dataclass
 class Outcome:
     """Sizes in bytes, times in seconds, rates in bytes a second.
 
     `first_token` covers load and prefill: from the call that loads to the first token. `tokens_each` are
-    the counted tokens. `engine_first_token` is the engine's own count for that span (zinfer only).
+    the counted tokens and `decode` their sum. `tokens` are the ids of a step, row by row, step after step.
+    `probe_rates` are of reads into 8 MiB, `memory_rates` of reads into the task's `probe_bytes`. `swept` are the
+    bytes that one decoding sweep needs (see `swept_bytes`), `first_swept` the first sweep, and `cache_bytes` is the
+    key-value cache in the end. `engine_first_token` is the engine's own count for that span (zinfer only).
     """
 
     tool: str
@@ -81,7 +89,11 @@ class Outcome:
     decode: Phase | None = None
     probes: list[Phase] = field(default_factory=list)
     probe_rates: list[float] = field(default_factory=list)
+    memory_rates: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    swept: int = 0
+    first_swept: int = 0
+    cache_bytes: int = 0
     process_peak: int = 0
     resident: int | None = None
     engine_first_token: int | None = None
@@ -94,29 +106,6 @@ def weight_files(checkpoint: str) -> list[str]:
     if not files:
         raise BenchmarkError(f"{checkpoint}: no .safetensors file; make one with zinfer synth")
     return files
-
-
-class Clock:
-    """Measures spans: time, the drive's traffic and this process's."""
-
-    def __init__(self, drive: Drive) -> None:
-        self.drive = drive
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a span now."""
-        self._started = time.perf_counter()
-        self._drive_before, self._process_before = self.drive.traffic(), process_traffic()
-        self._foreign_before = all_cpu_seconds() - own_cpu_seconds()
-
-    def span(self) -> Phase:
-        """What happened since the start of the span, which goes on."""
-        return Phase(
-            time.perf_counter() - self._started,
-            self.drive.traffic() - self._drive_before,
-            process_traffic() - self._process_before,
-            all_cpu_seconds() - own_cpu_seconds() - self._foreign_before,
-        )
 
 
 def work(task: Task) -> Outcome:
@@ -144,30 +133,54 @@ def work(task: Task) -> Outcome:
 
 
 def _decode(model: Any, task: Task, clock: Clock, outcome: Outcome) -> None:
-    """Greedy decoding of one sequence, the key-value cache kept by the model's own code."""
+    """Greedy decoding of `task.rows`, the key-value cache kept by the model's own code."""
     import torch
 
     cache: Any = None
 
-    def step(ids: list[int]) -> int:
+    def step(rows: list[list[int]]) -> list[list[int]]:
         nonlocal cache
-        result = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        result = model(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=True)
         cache = result.past_key_values
-        return int(result.logits[0, -1].argmax())
+        found: list[int] = result.logits[:, -1].argmax(-1).tolist()
+        outcome.tokens += found
+        return [[token] for token in found]
 
-    outcome.tokens.append(step(task.prompt))
+    last = step(task.rows)
     outcome.first_token = clock.span()
     if task.tool == "zinfer":
         outcome.engine_first_token = model.zinfer.bytes_read
+    for counted in task.counted:
+        _probe(task, clock, outcome)
+        last = step(last)
+        for _ in range(counted):
+            clock.restart()
+            last = step(last)
+            outcome.tokens_each.append(clock.span())
+    outcome.decode = sum(outcome.tokens_each[1:], outcome.tokens_each[0])
     _probe(task, clock, outcome)
-    outcome.tokens.append(step(outcome.tokens[-1:]))
-    whole = Clock(clock.drive)
-    for _ in range(task.new_tokens - 2):
-        clock.restart()
-        outcome.tokens.append(step(outcome.tokens[-1:]))
-        outcome.tokens_each.append(clock.span())
-    outcome.decode = whole.span()
-    _probe(task, clock, outcome)
+    outcome.swept = swept_bytes(model, task.batch)
+    outcome.first_swept = swept_bytes(model, task.batch * len(task.prompt))
+    outcome.cache_bytes = sum(
+        tensor.nbytes for layer in getattr(cache, "layers", ()) for tensor in (layer.keys, layer.values)
+    )
+
+
+def swept_bytes(model: Any, tokens: int) -> int:
+    """Weight bytes that a pass over `tokens` tokens needs: tables of rows count a row a token, all else in full."""
+    import torch
+
+    whole: dict[int, int] = {}
+    tables: dict[int, int] = {}
+    for module in model.modules():
+        table = isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False):
+            nbytes = parameter.numel() * parameter.element_size()
+            if table:
+                tables[id(parameter)] = min(nbytes, tokens * parameter.shape[1] * parameter.element_size())
+            else:
+                whole[id(parameter)] = nbytes
+    return sum((tables | whole).values())
 
 
 def _probe(task: Task, clock: Clock, outcome: Outcome) -> None:
@@ -181,9 +194,12 @@ def _probe(task: Task, clock: Clock, outcome: Outcome) -> None:
     while (now := process_traffic().read) != seen and time.monotonic() < deadline:
         seen = now
         time.sleep(SETTLED_SECONDS)
+    files = weight_files(task.checkpoint)
     clock.restart()
-    rate = measure_read_rate(weight_files(task.checkpoint), task.probe_seconds)
-    outcome.probe_rates.append(rate.bytes_per_second)
+    outcome.probe_rates.append(measure_read_rate(files, task.probe_seconds).bytes_per_second)
+    if task.probe_bytes:
+        rate = measure_read_rate(files, task.probe_seconds, task.probe_bytes)
+        outcome.memory_rates.append(rate.bytes_per_second)
     outcome.probes.append(clock.span())
 
 
@@ -199,12 +215,22 @@ def _loader(task: Task) -> Callable[[], Any]:
         limit = {"cpu": task.max_memory} if task.max_memory else None
         return lambda: zinfer.run(task.checkpoint, offload="nvme", max_memory=limit)
     if task.tool == "memory":
-        return lambda: transformers.AutoModelForCausalLM.from_pretrained(task.checkpoint, dtype="auto").eval()
+        return lambda: _in_memory(task)
     import accelerate  # noqa: F401  # so that its import is not counted as loading
 
     return lambda: transformers.AutoModelForCausalLM.from_pretrained(
         task.checkpoint, dtype="auto", device_map=disk_map(task.checkpoint), offload_folder=task.scratch
     ).eval()
+
+
+def _in_memory(task: Task) -> Any:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(task.checkpoint, dtype="auto").eval()
+    if task.copied:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def disk_map(checkpoint: str) -> dict[str, str]:
@@ -233,7 +259,11 @@ def disk_map(checkpoint: str) -> dict[str, str]:
 def read_outcome(path: str) -> Outcome:
     """What a worker wrote."""
     with open(path, encoding="utf-8") as file:
-        fields = json.load(file)
+        return outcome_of(json.load(file))
+
+
+def outcome_of(fields: dict[str, Any]) -> Outcome:
+    """The outcome whose fields are these, as JSON has them."""
 
     def phase(value: dict[str, Any]) -> Phase:
         return Phase(
