@@ -18,7 +18,6 @@ import numpy
 from transformers import LlamaConfig
 
 from benchmarks import BenchmarkError
-from benchmarks.decode import interleave
 from benchmarks.drive import drive_of
 from benchmarks.launch import Launched, Launcher
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
@@ -188,8 +187,8 @@ def main(arguments: Sequence[str]) -> int:
     launcher = Launcher(drive, options.patience, options.repeats)
     points: dict[str, list[Point]] = {model.checkpoint: [] for model in models}
     by_checkpoint = {model.checkpoint: model for model in models}
-    for order in interleave(list(points), options.rounds):
-        for checkpoint in order:
+    for number in range(options.rounds):
+        for checkpoint in points if number % 2 == 0 else reversed(points):
             # Measured here, not in the run: the memory read into would be part of the run's peak.
             rate = measure_read_rate(weight_files(checkpoint), options.probe_seconds, MAX_WINDOW)
             task = Task(

@@ -18,8 +18,7 @@ from functools import partial
 import psutil
 
 from benchmarks import BenchmarkError
-from benchmarks.bound import Cell, Overhead, Point, byte_rows, cell_rows, counted, requirements
-from benchmarks.decode import GB, PROMPT_IDS, PROMPT_TOKENS
+from benchmarks.bound import GB, Cell, Overhead, Point, byte_rows, cell_rows, counted, requirements
 from benchmarks.drive import Drive, drive_of
 from benchmarks.launch import Launched, Launcher
 from benchmarks.report import Result, Spread, conclude, cores, main_of
@@ -28,6 +27,8 @@ from benchmarks.worker import Task, weight_files
 from zinfer.planner.memory import parse_size
 from zinfer.planner.placement import MAX_WINDOW
 
+PROMPT_TOKENS = 16
+PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
 IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run
 
 

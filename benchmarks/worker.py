@@ -55,9 +55,9 @@ class Task:
 
     @property
     def rows(self) -> list[list[int]]:
-        """The prompts of all sequences: the prompt, turned by one more id from row to row."""
-        turns = [number % len(self.prompt) for number in range(self.batch)]
-        return [self.prompt[turn:] + self.prompt[:turn] for turn in turns]
+        """The prompts of all sequences, each different: turned by one more id from row to row, then raised."""
+        turns = [divmod(number, len(self.prompt)) for number in range(self.batch)]
+        return [[token + up for token in self.prompt[by:] + self.prompt[:by]] for up, by in turns]
 
     @property
     def counted(self) -> list[int]:
