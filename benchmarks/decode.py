@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +19,9 @@ import psutil
 from benchmarks import BenchmarkError, spans
 from benchmarks.cgroup import Usage, run_limited
 from benchmarks.drive import Drive, drive_of
-from benchmarks.neighbours import wait_until_quiet
+from benchmarks.launch import Measured, run_quietly
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
-from benchmarks.spans import Phase
-from benchmarks.worker import Outcome, Task, read_outcome, weight_files
+from benchmarks.worker import Task, read_outcome, weight_files
 from zinfer.planner.memory import parse_size
 
 PEERS = ("accelerate",)
@@ -40,16 +38,10 @@ QUIET_ROUNDS = 3  # fewer do not carry a median
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Measured):
     """One tool's process in one round: what it did, and what its group and the drive saw."""
 
-    outcome: Outcome
     usage: Usage
-
-    @property
-    def seconds_a_token(self) -> float:
-        """Median over the counted tokens."""
-        return Spread.of([token.seconds for token in self.outcome.tokens_each]).median
 
     @property
     def read_rate(self) -> float:
@@ -66,11 +58,6 @@ class Run:
     def share(self) -> float:
         """Read rate while decoding over the probe's."""
         return self.read_rate / self.probe_rate
-
-    @property
-    def bytes_a_token(self) -> float:
-        """Median bytes read for a counted token."""
-        return Spread.of([token.process.read for token in self.outcome.tokens_each]).median
 
     @property
     def first_read(self) -> int:
@@ -91,12 +78,6 @@ class Run:
         return self.outcome.first_token.seconds - self.outcome.load_seconds
 
     @property
-    def watched(self) -> list[Phase]:
-        """The spans in which neighbours would falsify the figures: the counted tokens and the probes."""
-        assert self.outcome.decode is not None
-        return [self.outcome.decode, *self.outcome.probes]
-
-    @property
     def foreign_read(self) -> int:
         """Bytes that others read from the drive in those spans."""
         return spans.foreign_read(self.watched)
@@ -105,11 +86,6 @@ class Run:
     def foreign_cpu(self) -> float:
         """Cores that others kept busy in those spans: the most of them."""
         return spans.foreign_cpu(self.watched)
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether neighbours used so much of drive or CPU that the figures are not the tool's own."""
-        return spans.disturbed(self.watched)
 
 
 def run_one(task: Task, limit: int | None, drive: Drive, keep_page_cache: bool) -> Run:
@@ -137,20 +113,15 @@ class Bench:
     discarded: list[Run] = field(default_factory=list)
 
     def run(self, task: Task, *, limited: bool = True) -> Run:
-        """One run; one that neighbours disturbed is discarded and repeated, `repeats` times at most.
-
-        What it measured plays no part in that; the last one is kept, disturbed or not.
-        """
-        for attempt in range(self.repeats + 1):
-            if self.patience:
-                wait_until_quiet(self.drive, self.patience)
-            run = run_one(task, self.limit if limited else None, self.drive, self.keep_page_cache)
-            disturbed = " (disturbed)" if run.disturbed else ""
-            sys.stderr.write(f"{task.tool}: {run.seconds_a_token:.3f} s a token{disturbed}\n")
-            if not run.disturbed or attempt == self.repeats:
-                break
-            self.discarded.append(run)
-        return run
+        """One run in memory limited as the others, or not limited; see run_quietly."""
+        return run_quietly(
+            task.tool,
+            lambda: run_one(task, self.limit if limited else None, self.drive, self.keep_page_cache),
+            self.drive,
+            self.patience,
+            self.repeats,
+            self.discarded,
+        )
 
 
 def interleave(tools: Sequence[str], rounds: int) -> list[list[str]]:

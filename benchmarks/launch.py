@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TypeVar
 
 from benchmarks import BenchmarkError, spans
 from benchmarks.child import anonymous_bytes, run_sampled
@@ -16,11 +18,10 @@ from benchmarks.worker import Outcome, Task, read_outcome
 
 
 @dataclass(frozen=True)
-class Launched:
-    """One worker's outcome, and its peak anonymous memory in bytes as sampled from outside."""
+class Measured:
+    """One worker's outcome and what follows from it."""
 
     outcome: Outcome
-    anonymous: int
 
     @property
     def seconds_a_token(self) -> float:
@@ -44,6 +45,16 @@ class Launched:
         return spans.disturbed(self.watched)
 
 
+Kind = TypeVar("Kind", bound=Measured)
+
+
+@dataclass(frozen=True)
+class Launched(Measured):
+    """A worker without a memory limit. `anonymous`: its peak anonymous memory in bytes, sampled from outside."""
+
+    anonymous: int
+
+
 def launch(task: Task) -> Launched:
     """Run one worker to its end. Raises BenchmarkError, with the end of its output, when it fails."""
     with tempfile.TemporaryDirectory() as folder:
@@ -56,13 +67,34 @@ def launch(task: Task) -> Launched:
         return Launched(read_outcome(out), ended.peak)
 
 
-@dataclass
-class Launcher:
-    """Launches; a run that neighbours disturbed is discarded and repeated, `repeats` times at most.
+def run_quietly(
+    label: str,
+    once: Callable[[], Kind],
+    drive: Drive,
+    patience: float,
+    repeats: int,
+    discarded: list[Kind],
+) -> Kind:
+    """What `once` measures; a run that neighbours disturbed is discarded and repeated, `repeats` times at most.
 
     What it measured plays no part in that; the last one is kept, disturbed or not. `patience`: seconds to wait,
-    before each run, for a quiet machine.
+    before each run, for a quiet machine. `label` names the run on stderr.
     """
+    for attempt in range(repeats + 1):
+        if patience:
+            wait_until_quiet(drive, patience)
+        run = once()
+        disturbed = " (disturbed)" if run.disturbed else ""
+        sys.stderr.write(f"{label}: {run.seconds_a_token:.3f} s a token{disturbed}\n")
+        if not run.disturbed or attempt == repeats:
+            break
+        discarded.append(run)
+    return run
+
+
+@dataclass
+class Launcher:
+    """Launches workers one after the other, each on a machine as quiet as `patience` and `repeats` allow."""
 
     drive: Drive
     patience: float
@@ -70,14 +102,7 @@ class Launcher:
     discarded: list[Launched] = field(default_factory=list)
 
     def run(self, label: str, task: Task) -> Launched:
-        """One run of `task`, told to stderr as `label`."""
-        for attempt in range(self.repeats + 1):
-            if self.patience:
-                wait_until_quiet(self.drive, self.patience)
-            run = launch(task)
-            disturbed = " (disturbed)" if run.disturbed else ""
-            sys.stderr.write(f"{label}: {run.seconds_a_token:.3f} s a token{disturbed}\n")
-            if not run.disturbed or attempt == self.repeats:
-                break
-            self.discarded.append(run)
-        return run
+        """See run_quietly."""
+        return run_quietly(
+            label, lambda: launch(task), self.drive, self.patience, self.repeats, self.discarded
+        )
