@@ -143,6 +143,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=8, help="the last six of eight count")
     parser.add_argument("--probe-seconds", type=float, default=1, help="to read the drive before each run")
     parser.add_argument(
+        "--probe-memory", default=str(MAX_WINDOW), help="what the probe reads into; default: a window"
+    )
+    parser.add_argument(
         "--json", help="file to write; default: in benchmarks/results, named after the machine"
     )
     parser.add_argument("--repeats", type=int, default=2, help="times a disturbed run is repeated at most")
@@ -152,6 +155,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.new_tokens < 3 or options.hidden % HEAD_SIZE:
         parser.error(f"--rounds is at least 1, --new-tokens 3 and --hidden a multiple of {HEAD_SIZE}")
+    if options.probe_seconds <= 0:
+        parser.error("--probe-seconds is more than 0")
     if len(set(options.layers)) < 3:
         parser.error("--layers takes at least three sizes: a line fits any two")
     return options
@@ -177,7 +182,7 @@ def _rows(models: Sequence[Model], points: Sequence[Sequence[Point]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison; 0 when time is linear in bytes and memory flat."""
     options = _parse(arguments)
-    budget, load = parse_size(options.budget), os.getloadavg()[0]
+    budget, load, into = parse_size(options.budget), os.getloadavg()[0], parse_size(options.probe_memory)
     models = [make_model(options.folder, options.hidden, layers) for layers in sorted(set(options.layers))]
     if models[0].nbytes < budget:
         raise BenchmarkError(
@@ -190,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in range(options.rounds):
         for checkpoint in points if number % 2 == 0 else reversed(points):
             # Measured here, not in the run: the memory read into would be part of the run's peak.
-            rate = measure_read_rate(weight_files(checkpoint), options.probe_seconds, MAX_WINDOW)
+            rate = measure_read_rate(weight_files(checkpoint), options.probe_seconds, into)
             task = Task(
                 "zinfer",
                 checkpoint,

@@ -131,7 +131,18 @@ def test_the_sweep_refuses_a_model_that_does_not_fit_memory(tiny, monkeypatch):
 def test_growth_compares_models_of_one_width(tiny, tmp_path, in_this_process):
     out = tmp_path / "growth.json"
     sizes = ["--hidden", "256", "--layers", "3", "6", "9", "--budget", "3MiB", "--rounds", "1"]
-    sizes += ["--new-tokens", "3", "--probe-seconds", "0.05", "--patience", "0", "--repeats", "0"]
+    sizes += [
+        "--probe-memory",
+        "8MiB",
+        "--new-tokens",
+        "3",
+        "--probe-seconds",
+        "0.05",
+        "--patience",
+        "0",
+        "--repeats",
+        "0",
+    ]
     growth.main(["--folder", str(tmp_path), *sizes, "--json", str(out)])
     result, required = content(out)
     assert len(required) == 5
