@@ -255,7 +255,7 @@ def requirements(
             False,
         ),
         Requirement(
-            "|predicted / measured s a token - 1|, median of the cells",
+            "predicted over measured s a token: distance from 1, median of the cells",
             prediction_error(points, predicted),
             PREDICTION_BOUND,
             False,
