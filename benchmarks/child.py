@@ -25,10 +25,13 @@ class Ended:
     tail: str
 
 
-def run_sampled(command: Sequence[str], sample: Callable[[int], int]) -> Ended:
+def run_sampled(
+    command: Sequence[str], sample: Callable[[int], int], *, seconds: float | None = None
+) -> Ended:
     """Run `command` from the repository's root; `sample(pid)` is called ten times a second.
 
-    The process is killed and waited for should anything, Ctrl-C included, end this call early.
+    The process is killed after `seconds`, if given; and killed and waited for should anything, Ctrl-C
+    included, end this call early.
     """
     environment = {
         **os.environ,
@@ -47,6 +50,8 @@ def run_sampled(command: Sequence[str], sample: Callable[[int], int]) -> Ended:
         try:
             while process.poll() is None:
                 peak = max(peak, sample(process.pid))
+                if seconds is not None and time.perf_counter() - started >= seconds:
+                    break
                 try:
                     process.wait(SAMPLE_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -54,16 +59,25 @@ def run_sampled(command: Sequence[str], sample: Callable[[int], int]) -> Ended:
         finally:
             process.kill()
             process.wait()
-        seconds = time.perf_counter() - started
+        taken = time.perf_counter() - started
         output.seek(0)
         tail = output.read().decode(errors="replace")[-TAIL_CHARACTERS:]
-    return Ended(process.returncode, peak, seconds, tail)
+    return Ended(process.returncode, peak, taken, tail)
 
 
 def anonymous_bytes(pid: int) -> int:
     """Anonymous memory of a process now, huge pages included; 0 once it has ended."""
+    return _status_bytes(pid, "RssAnon:")
+
+
+def peak_bytes(pid: int) -> int:
+    """The most resident memory a process has had, in bytes; 0 once it has ended."""
+    return _status_bytes(pid, "VmHWM:")
+
+
+def _status_bytes(pid: int, name: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)

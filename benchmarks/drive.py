@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import BenchmarkError
-from zinfer.aio.block_device import Mount, mount_of, read_mounts
 
 SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the drive's own sector
 KINDS = {"nvme": "nvme", "vd": "virtio", "sd": "scsi", "xvd": "xen", "dm-": "mapped", "md": "raid"}
@@ -58,6 +57,8 @@ class Drive:
 
 def drive_of(path: str) -> Drive:
     """The drive that holds `path`. Raises BenchmarkError where none is counted (tmpfs, network, overlay)."""
+    from zinfer.aio.block_device import Mount, mount_of, read_mounts  # peers' venvs have no zinfer
+
     mounted = mount_of(os.path.realpath(path), read_mounts()) or Mount("/", "unknown", "none")
     candidates = [os.stat(path).st_dev]
     if os.path.exists(mounted.device):

@@ -1,6 +1,6 @@
 """Cost as a model grows at one fixed budget: time must be linear in bytes, and memory must not grow.
 
-    python -m benchmarks.growth --folder DIR --budget 640MiB --layers 12 24 48 96 120 --rounds 5
+    python -m benchmarks.growth --folder DIR --budget 640MiB --layers 12 24 48 96 --rounds 5
 
 Synthesises models of one width under --folder where they are not there yet. Needs no root.
 """
@@ -12,19 +12,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import fmean, median
 
 import numpy
 from transformers import LlamaConfig
 
 from benchmarks import BenchmarkError
+from benchmarks.bench import Bench, Run, counting
 from benchmarks.drive import drive_of
-from benchmarks.launch import Launched, Launcher
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
 from benchmarks.worker import Task, weight_files
-from zinfer.aio.probe import measure_read_rate
 from zinfer.planner.memory import parse_size
-from zinfer.planner.placement import MAX_WINDOW
+from zinfer.planner.placement import WANTED_WINDOW
 from zinfer.synth import synthesise
 
 HEAD_SIZE = 64
@@ -33,7 +32,6 @@ VOCABULARY = 512  # small, so that all bytes are layers
 PROMPT = list(range(1, 17))
 FIT_BOUND = 0.99
 FLAT_BOUND = 0.02
-ACCOUNT = ("planned_resident_bytes", "window_bytes", "small_bytes", "bounce_bytes", "conversion_bytes")
 GB = 1e9
 
 
@@ -44,20 +42,6 @@ class Model:
     checkpoint: str
     layers: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model in one round; `rate`: bytes a second of plain direct reads just before."""
-
-    run: Launched
-    rate: float
-
-    @property
-    def account(self) -> int:
-        """The sum of what zinfer planned to allocate, in bytes."""
-        report = self.run.outcome.report or {}
-        return sum(report[name] for name in ACCOUNT)
 
 
 @dataclass(frozen=True)
@@ -112,20 +96,20 @@ def growth(by_size: Sequence[Sequence[float]]) -> float:
     return max(abs(value / medians[0] - 1) for value in medians[1:])
 
 
-def fits(models: Sequence[Model], points: Sequence[Sequence[Point]]) -> dict[str, Fit]:
+def fits(models: Sequence[Model], points: Sequence[Sequence[Run]]) -> dict[str, Fit]:
     """Lines through the medians of seconds a token over the rounds."""
-    seconds = [median(point.run.seconds_a_token for point in mine) for mine in points]
-    read = [median(point.run.bytes_a_token for point in mine) for mine in points]
+    seconds = [median(run.seconds_a_token for run in mine) for mine in points]
+    read = [median(run.bytes_a_token for run in mine) for mine in points]
     return {
         "bytes read a token": Fit.of(read, seconds),
         "model bytes": Fit.of([model.nbytes for model in models], seconds),
     }
 
 
-PEAKS: dict[str, Callable[[Point], float]] = {
-    "peak anonymous memory": lambda point: point.run.anonymous,
-    "peak resident memory (VmHWM)": lambda point: point.run.outcome.process_peak,
-    "zinfer's account": lambda point: point.account,
+PEAKS: dict[str, Callable[[Run], float]] = {
+    "peak anonymous memory": lambda run: run.usage.peak_anonymous,
+    "peak resident memory (VmHWM)": lambda run: run.outcome.process_peak,
+    "zinfer's account": lambda run: run.account,
 }
 
 
@@ -133,24 +117,28 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--folder", required=True, help="where the models are, or are made (some 27 GB)")
+    parser.add_argument("--folder", required=True, help="where the models are, or are made (some 17 GB)")
     parser.add_argument(
         "--budget", default="640MiB", help="zinfer's max_memory; less than the smallest model"
     )
-    parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 48, 96, 120])
+    parser.add_argument("--layers", nargs="+", type=int, default=[12, 24, 48, 96])
     parser.add_argument("--hidden", type=int, default=2048, help="width; a multiple of 64")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=8, help="the last six of eight count")
-    parser.add_argument("--probe-seconds", type=float, default=1, help="to read the drive before each run")
+    parser.add_argument("--new-tokens", type=int, default=7, help="all but the first two count")
     parser.add_argument(
-        "--probe-memory", default=str(MAX_WINDOW), help="what the probe reads into; default: a window"
+        "--probe-seconds", type=float, default=0.5, help="how long each probe reads the drive"
+    )
+    parser.add_argument(
+        "--probe-memory",
+        default=str(WANTED_WINDOW),
+        help="what the second probe reads into; default: a window",
     )
     parser.add_argument(
         "--json", help="file to write; default: in benchmarks/results, named after the machine"
     )
-    parser.add_argument("--repeats", type=int, default=2, help="times a disturbed run is repeated at most")
+    parser.add_argument("--repeats", type=int, default=1, help="times a disturbed run is repeated at most")
     parser.add_argument(
-        "--patience", type=float, default=30, help="seconds to wait, before each run, for a quiet machine"
+        "--patience", type=float, default=5, help="seconds to wait, before each run, for a quiet machine"
     )
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.new_tokens < 3 or options.hidden % HEAD_SIZE:
@@ -162,18 +150,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _rows(models: Sequence[Model], points: Sequence[Sequence[Point]]) -> str:
-    figures: list[tuple[str, Callable[[Point], float], float, int]] = [
-        ("seconds a token", lambda point: point.run.seconds_a_token, 1, 4),
-        ("read a token, GB", lambda point: point.run.bytes_a_token, GB, 3),
-        ("GB/s while decoding", lambda point: point.run.bytes_a_token / point.run.seconds_a_token, GB, 2),
-        ("drive just before, GB/s", lambda point: point.rate, GB, 2),
+def _rows(models: Sequence[Model], points: Sequence[Sequence[Run]]) -> str:
+    figures: list[tuple[str, Callable[[Run], float], float, int]] = [
+        ("seconds a token", lambda run: run.seconds_a_token, 1, 4),
+        ("read a token, GB", lambda run: run.bytes_a_token, GB, 3),
+        ("GB/s while decoding", lambda run: run.bytes_a_token / run.seconds_a_token, GB, 2),
+        ("drive in the pauses, GB/s", lambda run: fmean(run.outcome.memory_rates), GB, 2),
         *((f"{name}, GB", figure, GB, 4) for name, figure in PEAKS.items()),
     ]
     return table(
         ["median (range)", *(f"{model.layers} layers, {model.nbytes / GB:.2f} GB" for model in models)],
         [
-            [name, *(Spread.of([figure(point) for point in mine]).text(scale, digits) for mine in points)]
+            [name, *(Spread.of([figure(run) for run in mine]).text(scale, digits) for mine in points)]
             for name, figure, scale, digits in figures
         ],
     )
@@ -182,39 +170,37 @@ def _rows(models: Sequence[Model], points: Sequence[Sequence[Point]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison; 0 when time is linear in bytes and memory flat."""
     options = _parse(arguments)
-    budget, load, into = parse_size(options.budget), os.getloadavg()[0], parse_size(options.probe_memory)
+    budget, load = parse_size(options.budget), os.getloadavg()[0]
     models = [make_model(options.folder, options.hidden, layers) for layers in sorted(set(options.layers))]
     if models[0].nbytes < budget:
         raise BenchmarkError(
             f"the smallest model has {models[0].nbytes} bytes, the budget is {budget}: nothing would stream"
         )
     drive = drive_of(options.folder)
-    launcher = Launcher(drive, options.patience, options.repeats)
-    points: dict[str, list[Point]] = {model.checkpoint: [] for model in models}
-    by_checkpoint = {model.checkpoint: model for model in models}
+    bench = Bench(drive, True, options.patience, options.repeats, grouped=False)
+    runs: list[list[Run]] = [[] for _ in models]
     for number in range(options.rounds):
-        for checkpoint in points if number % 2 == 0 else reversed(points):
-            # Measured here, not in the run: the memory read into would be part of the run's peak.
-            rate = measure_read_rate(weight_files(checkpoint), options.probe_seconds, into)
+        order = list(zip(models, runs, strict=True))
+        for model, mine in order if number % 2 == 0 else reversed(order):
             task = Task(
                 "zinfer",
-                checkpoint,
+                model.checkpoint,
                 PROMPT,
                 options.new_tokens,
                 cores(),
                 max_memory=budget,
-                probe_seconds=0,
+                probe_seconds=options.probe_seconds,
+                probe_bytes=parse_size(options.probe_memory),
             )
-            run = launcher.run(f"{by_checkpoint[checkpoint].layers} layers", task)
-            points[checkpoint].append(Point(run, rate.bytes_per_second))
-    found = list(points.values())
+            mine.append(bench.run(task, None, f"{model.layers} layers"))
+    found = [counting(mine, lambda run: run.disturbed) for mine in runs]
     lines = fits(models, found)
-    peaks = {name: [[figure(p) for p in mine] for mine in found] for name, figure in PEAKS.items()}
+    peaks = {name: [[figure(run) for run in mine] for mine in found] for name, figure in PEAKS.items()}
     body = "\n\n".join(
         [
             f"Models of width {options.hidden}, x1 to x{models[-1].layers / models[0].layers:g}, batch 1, "
             f"{len(PROMPT)} prompt and {options.new_tokens} new tokens, max_memory {options.budget}, rounds: "
-            f"{options.rounds}; discarded and repeated as disturbed: {len(launcher.discarded)} runs.",
+            f"{options.rounds}; discarded and repeated as disturbed: {len(bench.discarded)} runs.",
             _rows(models, found),
             "\n".join(f"- seconds a token over {name}: {line.text()}" for name, line in lines.items()),
         ]
@@ -224,12 +210,12 @@ def main(arguments: Sequence[str]) -> int:
         drive=drive,
         settings={**vars(options), "model_bytes": [model.nbytes for model in models], "threads": cores()},
         rounds=[
-            {str(model.layers): asdict(mine[number]) for model, mine in zip(models, found, strict=True)}
+            {str(model.layers): asdict(mine[number]) for model, mine in zip(models, runs, strict=True)}
             for number in range(options.rounds)
         ],
         figures={
             "fits": lines,
-            "seconds_a_token": [Spread.of([p.run.seconds_a_token for p in mine]) for mine in found],
+            "seconds_a_token": [Spread.of([run.seconds_a_token for run in mine]) for mine in found],
             "peaks": {name: [Spread.of(side) for side in sides] for name, sides in peaks.items()},
         },
         requirements=[

@@ -18,25 +18,21 @@ from functools import partial
 import psutil
 
 from benchmarks import BenchmarkError
+from benchmarks.bench import IN_MEMORY_FACTOR, Bench, Run, prompt_of
 from benchmarks.bound import GB, Cell, Overhead, Point, byte_rows, cell_rows, counted, requirements
 from benchmarks.drive import Drive, drive_of
-from benchmarks.launch import Launched, Launcher
 from benchmarks.report import Result, Spread, conclude, cores, main_of
 from benchmarks.turns import Turns, take_turns
-from benchmarks.worker import Task, weight_files
+from benchmarks.worker import UNCOUNTED, Task, weight_files
 from zinfer.planner.memory import parse_size
-from zinfer.planner.placement import MAX_WINDOW
-
-PROMPT_TOKENS = 16
-PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
-IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run
+from zinfer.planner.placement import WANTED_WINDOW
 
 
 def predicted(checkpoint: str, budget: int, batch: int, prompt: int, new_tokens: int) -> float:
     """Seconds a token that zinfer's planner expects on this machine, before anything runs."""
     import zinfer
 
-    plan = zinfer.plan(  # type: ignore[attr-defined]
+    plan = zinfer.plan(
         checkpoint,
         hardware="this",
         max_memory={"cpu": budget},
@@ -44,7 +40,7 @@ def predicted(checkpoint: str, budget: int, batch: int, prompt: int, new_tokens:
         prompt=prompt,
         new_tokens=new_tokens,
     )
-    return float(plan.seconds_a_token)
+    return plan.seconds_a_token
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -62,33 +58,38 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--stretches", type=int, default=2, help="of counted tokens, with a pause before, between and after"
+        "--counted", nargs="+", type=int, default=[4, 3], help="tokens that count, for each of --batches"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=4, help="of each sequence")
+    parser.add_argument("--pairs", type=int, default=20, help="of tokens with zinfer and without, in turns")
+    parser.add_argument(
+        "--probe-seconds", type=float, default=0.5, help="how long each probe reads the drive"
     )
     parser.add_argument(
-        "--new-tokens", type=int, default=11, help="one is prefill's, and one in each stretch is not counted"
-    )
-    parser.add_argument("--pairs", type=int, default=40, help="of tokens with zinfer and without, in turns")
-    parser.add_argument("--probe-seconds", type=float, default=1, help="how long each probe reads the drive")
-    parser.add_argument(
-        "--probe-memory", default=str(MAX_WINDOW), help="what the second probe reads into; default: a window"
+        "--probe-memory",
+        default=str(WANTED_WINDOW),
+        help="what the second probe reads into; default: a window",
     )
     parser.add_argument(
         "--json", help="file to write; default: in benchmarks/results, named after the machine"
     )
-    parser.add_argument("--repeats", type=int, default=2, help="times a disturbed run is repeated at most")
+    parser.add_argument("--repeats", type=int, default=1, help="times a disturbed run is repeated at most")
     parser.add_argument(
-        "--patience", type=float, default=30, help="seconds to wait, before each run, for a quiet machine"
+        "--patience", type=float, default=5, help="seconds to wait, before each run, for a quiet machine"
     )
     options = parser.parse_args(arguments)
-    if min(options.rounds, options.stretches, options.pairs, *options.batches) < 1:
-        parser.error("--rounds, --stretches, --pairs and --batches are at least 1")
+    if min(options.rounds, options.prompt_tokens, options.pairs, *options.counted, *options.batches) < 1:
+        parser.error("--rounds, --prompt-tokens, --pairs, --counted and --batches are at least 1")
     if min(options.percent) <= 0 or options.probe_seconds <= 0:
         parser.error("--percent and --probe-seconds are more than 0")
-    if options.new_tokens < 1 + 2 * options.stretches:
-        parser.error(
-            f"--new-tokens is at least {1 + 2 * options.stretches} with --stretches {options.stretches}"
-        )
+    if len(options.counted) != len(options.batches):
+        parser.error("--counted takes as many numbers as --batches")
     return options
+
+
+def new_tokens(options: argparse.Namespace, batch: int) -> int:
+    """Tokens that each sequence of a batch of this size gets."""
+    return int(options.counted[options.batches.index(batch)]) + UNCOUNTED
 
 
 @dataclass
@@ -98,23 +99,18 @@ class Sweep:
     options: argparse.Namespace
     checkpoint: str
     cells: list[Cell]
-    launcher: Launcher
+    bench: Bench
     points: dict[Cell, list[Point]] = field(init=False)
-    references: dict[int, list[Launched]] = field(init=False)
+    references: dict[int, list[Run]] = field(init=False)
     overheads: list[Overhead] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.points = {cell: [] for cell in self.cells}
         self.references = {cell.batch: [] for cell in self.cells}
 
-    @property
-    def prompt(self) -> list[int]:
-        """The first sequence's prompt."""
-        return [(37 * index + 11) % PROMPT_IDS for index in range(PROMPT_TOKENS)]
-
     def round(self, number: int) -> None:
         """Run everything once, in an order that turns round from round to round."""
-        found: dict[Cell, Launched] = {}
+        found: dict[Cell, Run] = {}
         jobs: list[Callable[[], None]] = []
         for batch in self.references:
             jobs.append(partial(self._run_in_memory, batch))
@@ -137,21 +133,22 @@ class Sweep:
             each.tokens_equal for each in self.overheads
         )
 
-    def _run(self, cell: Cell, found: dict[Cell, Launched]) -> None:
+    def _run(self, cell: Cell, found: dict[Cell, Run]) -> None:
         task = replace(
             self._task("zinfer", cell.batch),
             max_memory=cell.budget,
             probe_seconds=self.options.probe_seconds,
             probe_bytes=parse_size(self.options.probe_memory),
         )
-        found[cell] = self.launcher.run(cell.label, task)
+        found[cell] = self.bench.run(task, None, cell.label)
 
     def _run_in_memory(self, batch: int) -> None:
-        task = replace(self._task("memory", batch), copied=True)
-        self.references[batch].append(self.launcher.run(f"in memory, batch {batch}", task))
+        run = self.bench.run(self._task("memory", batch), None, f"in memory, batch {batch}")
+        self.references[batch].append(run)
 
     def _take_turns(self) -> None:
-        turns = take_turns(Turns(self.checkpoint, self.prompt, self.options.pairs, cores()))
+        prompt = prompt_of(self.options.prompt_tokens)
+        turns = take_turns(Turns(self.checkpoint, prompt, self.options.pairs, cores()))
         self.overheads.append(turns)
         sys.stderr.write(f"all resident, with zinfer / without: {turns.ratio:.4f}\n")
 
@@ -159,12 +156,11 @@ class Sweep:
         return Task(
             tool,
             self.checkpoint,
-            self.prompt,
-            self.options.new_tokens,
+            prompt_of(self.options.prompt_tokens),
+            new_tokens(self.options, batch),
             cores(),
-            probe_seconds=0,
-            stretches=self.options.stretches,
             batch=batch,
+            probe_seconds=0,
         )
 
 
@@ -186,10 +182,13 @@ def main(arguments: Sequence[str]) -> int:
         for percent in options.percent
     ]
     expected = {
-        cell: predicted(checkpoint, cell.budget, cell.batch, PROMPT_TOKENS, options.new_tokens)
+        cell: predicted(
+            checkpoint, cell.budget, cell.batch, options.prompt_tokens, new_tokens(options, cell.batch)
+        )
         for cell in cells
     }
-    sweep = Sweep(options, checkpoint, cells, Launcher(drive, options.patience, options.repeats))
+    bench = Bench(drive, True, options.patience, options.repeats, grouped=False)
+    sweep = Sweep(options, checkpoint, cells, bench)
     for number in range(options.rounds):
         sweep.round(number)
     result = _result(sweep, expected, model_bytes, drive, load)
@@ -200,13 +199,14 @@ def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: 
     options, points = sweep.options, sweep.points
     overhead = Spread.of([each.ratio for each in sweep.overheads])
     introduction = (
-        f"{model_bytes / GB:.2f} GB of weights, {PROMPT_TOKENS} prompt tokens, {options.new_tokens} new ones of which "
-        f"{options.new_tokens - 1 - options.stretches} count, rounds: {options.rounds}, threads: {cores()}; medians "
-        "and ranges over the rounds. W: bytes that a decoding sweep needs, R: of these resident. The drive is "
-        f"measured in {options.stretches + 1} pauses of each run, by plain direct reads into "
-        f"{parse_size(options.probe_memory) >> 20} MiB (the bound's rate) and into 8 MiB, which a large cache can "
-        f"hold. The tokens of each batch are {'equal' if sweep.tokens_equal else 'NOT equal'}; discarded and "
-        f"repeated as disturbed: {len(sweep.launcher.discarded)} runs."
+        f"{model_bytes / GB:.2f} GB of weights, {options.prompt_tokens} prompt tokens, then "
+        + ", ".join(f"{n} (batch {b})" for n, b in zip(options.counted, options.batches, strict=True))
+        + f" that count, rounds: {options.rounds}, threads: {cores()}; medians and ranges over the rounds. W: bytes "
+        "that a decoding sweep needs, R: of these resident. The drive is measured before and after the counted "
+        f"tokens, by plain direct reads into {parse_size(options.probe_memory) >> 20} MiB (the bound's rate) and into "
+        f"8 MiB, which a large cache can hold. "
+        f"The tokens of each batch are {'equal' if sweep.tokens_equal else 'NOT equal'}; discarded and "
+        f"repeated as disturbed: {len(sweep.bench.discarded)} runs."
     )
     turns = (
         f"All weights in memory, {options.pairs} tokens with zinfer and without in turns, on the same tensors: "
@@ -219,7 +219,7 @@ def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: 
             **vars(options),
             "model_bytes": model_bytes,
             "threads": cores(),
-            "prompt": sweep.prompt,
+            "prompt": prompt_of(options.prompt_tokens),
         },
         rounds=[
             {
@@ -241,7 +241,7 @@ def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: 
             },
             "overhead": overhead,
             "tokens_equal": sweep.tokens_equal,
-            "discarded": [asdict(run) for run in sweep.launcher.discarded],
+            "discarded": [asdict(run) for run in sweep.bench.discarded],
         },
         requirements=requirements(points, sweep.overheads, expected, sweep.tokens_equal),
         body="\n\n".join([introduction, cell_rows(points, expected), byte_rows(points), turns]),

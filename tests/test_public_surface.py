@@ -19,11 +19,13 @@ PUBLIC = [
     "ClosedError",
     "DriveError",
     "OptionError",
+    "Plan",
     "ReadOnlyError",
     "Report",
     "StoreError",
     "ZinferError",
     "__version__",
+    "plan",
     "run",
 ]
 
@@ -31,6 +33,7 @@ PUBLIC = [
 LAYERS = [
     "_version",
     "errors",
+    "timeline",
     "pinned",
     "aio",
     "aio_bench",
@@ -41,12 +44,18 @@ LAYERS = [
     "store",
     "locate",
     "streaming",
+    "kv_cache",
+    "residency",
     "report",
     "runtime",
     "attach",
     "run",
-    "zinfer",  # the package itself: what `import zinfer` offers
     "synth",
+    "outline",
+    "dry_run",
+    "hardware_probe",
+    "planning",
+    "zinfer",  # the package itself: what `import zinfer` offers
     "doctor",
     "cli",
     "__main__",
@@ -55,6 +64,7 @@ LAYERS = [
 ONLY = {
     "_version": (),
     "errors": (),
+    "timeline": ("errors",),
     "pinned": ("errors",),
     "aio": ("errors", "pinned"),
     "aio_bench": ("errors", "pinned", "aio"),
@@ -68,7 +78,7 @@ ONLY = {
         "weights.safetensors_header",
         "weights.packed",
     ),
-    "report": (),
+    "report": ("timeline.sweeps",),
 }
 
 

@@ -12,6 +12,8 @@ from zinfer.errors import (
     StoreError,
     ZinferError,
 )
+from zinfer.planner.plan import Plan
+from zinfer.planning import plan
 from zinfer.report import Report
 from zinfer.run import run
 
@@ -22,10 +24,12 @@ __all__ = [
     "ClosedError",
     "DriveError",
     "OptionError",
+    "Plan",
     "ReadOnlyError",
     "Report",
     "StoreError",
     "ZinferError",
     "__version__",
+    "plan",
     "run",
 ]

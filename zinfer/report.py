@@ -6,17 +6,33 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from zinfer.timeline.sweeps import Sweep
+
 GIB = float(1 << 30)
+SOURCES = {
+    "aio_bench": "as aio_bench measured",
+    "engine": "this run's, while reads were in flight; run aio_bench to measure it",
+}
+LONGEST_SHOWN = 3  # waits, in the text
+SHORTEST_SHOWN = 0.001  # seconds: a shorter one is not worth a line
 
 
 @dataclass(frozen=True)
 class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
-    `sweep_*` are medians over the sweeps after the first; None until there was one. `read_rate` is
-    bytes a second over those sweeps, drive idle time included. `pool_bytes` are mapped for window and residents,
-    and `huge_page_bytes` of them lie on huge pages now; None where the kernel does not count them. `drives` says how
-    each block device is read.
+    `sweep_*` are medians over the sweeps after the first (which loads the residents too); None until there was one.
+    `predicted_seconds` is what such a sweep was predicted to take, if anybody did. `steady_seconds` is how long at
+    least one of those sweeps ran, `read_rate` the bytes a second read meanwhile, drive idle time included, and
+    `bubble_seconds` that idle time: no read was in flight, though every sweep reads again what is not resident
+    (averaged over several drives; 0 where nothing streams). Where operators hardly waited meanwhile
+    (`steady_wait_seconds`), compute is what takes the time and bubbles cost nothing. `drive_rate` is the drives'
+    own rate, as `drive_rate_source` says: what "aio_bench" found, or what this model's "engine" read while it had
+    reads in flight. `each_sweep`: the last 4096 that ended, as they began. `wait_seconds` is how long
+    operators' threads were blocked, on the drive or for room in the window, summed over threads; `waits_by_weight`
+    divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
+    demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
+    None where the kernel does not count them. `drives` says how each block device is read.
     """
 
     model: str
@@ -44,12 +60,20 @@ class Report:
     sweep_seconds: float | None
     sweep_bytes: float | None
     read_rate: float | None
+    predicted_seconds: float | None
+    drive_rate: float | None
+    drive_rate_source: str
+    steady_seconds: float
+    bubble_seconds: float
+    steady_wait_seconds: float
+    each_sweep: tuple[Sweep, ...]
     wait_seconds: float
     hits: int
     misses: int
     row_reads: int
     row_bytes: int
     longest_waits: tuple[tuple[str, float], ...]
+    waits_by_weight: dict[str, float]
     process_peak_bytes: int
     fallbacks: tuple[str, ...]
 
@@ -73,10 +97,19 @@ class Report:
             ("resident", f"{_size(self.resident_bytes)} of the model are in memory now"),
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
+            *(("predicted", text) for text in self._predicted()),
+            *(("last sweep", text) for text in self._tiers()),
+            ("rate", self._rate()),
+            *(("bubbles", text) for text in self._bubbles()),
             (
                 "waits",
-                f"{self.wait_seconds:.2f} s blocked on the drive; {self.hits} uses read ahead, {self.misses} on "
+                f"{self.wait_seconds:.2f} s blocked; {self.hits} uses read ahead, {self.misses} on "
                 f"demand, {self.row_reads} row lookups ({_size(self.row_bytes)})",
+            ),
+            *(
+                ("", f"{seconds:8.3f} s for {name}")
+                for name, seconds in self.longest_waits[:LONGEST_SHOWN]
+                if seconds >= SHORTEST_SHOWN
             ),
             ("memory", f"process peak {_size(self.process_peak_bytes)}"),
         ]
@@ -87,6 +120,43 @@ class Report:
     def _pool(self) -> str:
         huge = "an unknown part" if self.huge_page_bytes is None else _size(self.huge_page_bytes)
         return f"{_size(self.pool_bytes)} for window and residents, {huge} of it on huge pages"
+
+    def _predicted(self) -> list[str]:
+        if self.predicted_seconds is None:
+            return []
+        text = f"{self.predicted_seconds:.3f} s a sweep"
+        if self.sweep_seconds is not None:
+            off = 100 * (self.sweep_seconds / self.predicted_seconds - 1)
+            text += f"; measured {self.sweep_seconds:.3f} s, {off:+.1f} %"
+        return [text]
+
+    def _tiers(self) -> list[str]:
+        """Where the weights of the last sweep came from."""
+        if not self.each_sweep:
+            return []
+        last = self.each_sweep[-1]
+        device = f", {_size(last.device_bytes)} from device memory" if last.device_bytes else ""
+        return [
+            f"{_size(last.nvme_bytes)} from the drive, {_size(last.host_bytes)} from host memory{device}; "
+            f"{last.hits} uses read ahead, {last.misses} on demand, {last.wait_seconds:.3f} s blocked"
+        ]
+
+    def _rate(self) -> str:
+        if self.drive_rate is None:
+            return "nothing was read"
+        own = f"the drive's own {self.drive_rate / 1e9:.2f} GB/s ({SOURCES[self.drive_rate_source]})"
+        if self.read_rate is None:
+            return own
+        return f"{self.read_rate / 1e9:.2f} GB/s, {100 * self.read_rate / self.drive_rate:.0f} % of {own}"
+
+    def _bubbles(self) -> list[str]:
+        if not self.steady_seconds:
+            return []
+        share = 100 * self.bubble_seconds / self.steady_seconds
+        return [
+            f"{self.bubble_seconds:.2f} of {self.steady_seconds:.2f} s ({share:.1f} %) without a read in flight; "
+            f"operators were blocked for {self.steady_wait_seconds:.2f} s of it all"
+        ]
 
     def _sweeps(self) -> str:
         if self.first_sweep_seconds is None:

@@ -19,6 +19,7 @@ from zinfer.planner.memory import cpu_ceiling
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
 from zinfer.streaming import check_offload, stream
+from zinfer.timeline.recorder import Recorder
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
 from zinfer.weights.loading import (
@@ -72,6 +73,7 @@ def run(
     dtype: str | torch.dtype = "auto",
     max_memory: Mapping[Any, int | str] | None = None,
     progress: bool | None = None,
+    timeline: bool = False,
     **options: Any,
 ) -> Any:
     """A ready model whose weights stream from where they lie, within a memory budget.
@@ -91,11 +93,13 @@ def run(
         max_memory: {"cpu": "8GiB"}: ceiling on all that zinfer allocates, sizes in bytes or as text.
             Default: what the machine and its cgroup have free, less headroom for activations.
         progress: show bars for copies and loads; None: when stderr is a terminal.
+        timeline: record every read, wait and operator (a few microseconds each, at most about 20 MB), for
+            model.zinfer.timeline("out.json").
         options: further from_pretrained keywords (revision, token, trust_remote_code, subfolder,
             variant, attn_implementation ...), and config attributes to override.
 
     Returns the model: a real PreTrainedModel (or the module itself), in eval mode, with a handle
-    `.zinfer` (report(), close()) and usable in a `with` statement.
+    `.zinfer` (report(), timeline(), close()) and usable in a `with` statement.
 
     Raises OptionError, BudgetError, CheckpointError, StoreError, DriveError (see zinfer.errors).
     """
@@ -109,10 +113,15 @@ def run(
             raise OptionError(f"{name} is internal to transformers; leave it out")
     show = sys.stderr.isatty() if progress is None else progress
     path = None if nvme_path is None else _folders(nvme_path)
+    if not isinstance(timeline, bool):
+        raise OptionError(
+            f"timeline={timeline!r}: pass True to record, then call model.zinfer.timeline(path) to write the file"
+        )
+    recorder = Recorder() if timeline else None
     with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it
         if isinstance(model, nn.Module):
-            return _run_module(model, offload, path, dtype, ceiling, show, options)
-        return _run_checkpoint(_path("model", model), offload, path, dtype, ceiling, show, options)
+            return _run_module(model, offload, path, dtype, ceiling, show, options, recorder)
+        return _run_checkpoint(_path("model", model), offload, path, dtype, ceiling, show, options, recorder)
 
 
 def _run_checkpoint(
@@ -123,6 +132,7 @@ def _run_checkpoint(
     ceiling: int | None,
     show: bool,
     options: dict[str, Any],
+    recorder: Recorder | None,
 ) -> Any:
     subfolder, variant = options.pop("subfolder", ""), options.pop("variant", None)
     trust = bool(options.get("trust_remote_code"))
@@ -138,8 +148,8 @@ def _run_checkpoint(
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
-    streaming = stream(model, offload=offload, ceiling=ceiling, progress=show)
-    return attach(model, Runtime(model, streaming, where, offload, written))
+    streaming = stream(model, offload=offload, ceiling=ceiling, progress=show, recorder=recorder)
+    return attach(model, Runtime(model, streaming, where, offload, written, recorder=recorder))
 
 
 def _run_module(
@@ -150,6 +160,7 @@ def _run_module(
     ceiling: int | None,
     show: bool,
     options: dict[str, Any],
+    recorder: Recorder | None,
 ) -> nn.Module:
     if options or dtype != "auto":
         raise OptionError(
@@ -181,9 +192,11 @@ def _run_module(
                 if id(tensor) not in symbolic:
                     symbolic[id(tensor)] = _stand_in(tensor, checkpoint.tensors[stored[full_name]])
                 owner._parameters[attribute] = symbolic[id(tensor)]
-        streaming = stream(module, offload=offload, ceiling=ceiling, progress=show, allocated=True)
+        streaming = stream(
+            module, offload=offload, ceiling=ceiling, progress=show, allocated=True, recorder=recorder
+        )
         try:
-            attach(module, Runtime(module, streaming, entry, offload, written))
+            attach(module, Runtime(module, streaming, entry, offload, written, recorder=recorder))
         except BaseException:
             streaming.coordinator.close()
             raise

@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from collections import deque
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
+from zinfer.errors import OptionError
 from zinfer.planner.memory import process_peak
 from zinfer.report import Report
+from zinfer.residency import Residency
 from zinfer.streaming import Streaming
-
-SWEEPS_REMEMBERED = 4096
+from zinfer.timeline import chrome
+from zinfer.timeline.recorder import Recorder
+from zinfer.timeline.sweeps import Mark, SweepLog
 
 
 class Runtime:
     """`model.zinfer`. Any thread may call it; close() is idempotent.
 
-    A sweep is counted at each call of the model itself; the time between two calls belongs to the
-    first of them, so sampling and text output count as part of a token's time.
+    A sweep is counted at each call of the model itself; the time between two calls of a thread belongs to the
+    first of them, so sampling and text output count as part of a token's time (see zinfer.timeline.sweeps).
+    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predicted_seconds`: what a
+    sweep after the first was predicted to take; the report shows it beside the measured.
     """
 
     def __init__(
-        self, model: nn.Module, streaming: Streaming, source: str, offload: str, bytes_written: int
+        self,
+        model: nn.Module,
+        streaming: Streaming,
+        source: str,
+        offload: str,
+        bytes_written: int,
+        *,
+        recorder: Recorder | None = None,
+        predicted_seconds: float | None = None,
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
+        # In "cpu" and "none" every weight stays, whatever else takes memory: that is what was asked for.
+        self._residency = Residency(model, streaming) if offload in ("auto", "nvme") else None
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
-        self._marks: deque[tuple[float, int]] = deque(maxlen=SWEEPS_REMEMBERED)
-        self._first_sweep: float | None = None
-        self._sweeps = 0
+        self._recorder = recorder
+        self._predicted_seconds = predicted_seconds
+        self._log = SweepLog()
 
     def report(self) -> Report:
         """What happened so far."""
         coordinator, account = self._streaming.coordinator, self._streaming.account
         drives, counters = coordinator.device.drives, coordinator.counters
-        spans = [
-            (later[0] - mark[0], later[1] - mark[1])
-            for mark, later in pairwise(list(self._marks))  # a copy: other threads may begin sweeps meanwhile
-        ]
-        if self._sweeps <= SWEEPS_REMEMBERED:
-            spans = spans[1:]  # the first sweep also loads the residents
-        seconds = sum(span for span, _ in spans)
-        waits = sorted(counters.waits_by_weight.items(), key=lambda item: -item[1])
+        steady = self._log.steady()
+        # A copy: other threads may wait meanwhile.
+        waits = sorted(counters.waits_by_weight.copy().items(), key=lambda item: -item[1])
         stats = drives.stats
+        drive_rate, drive_rate_source = self._drive_rate(stats)
         pools = coordinator.device.pools
         huge = [pool.huge_bytes for pool in pools]
         return Report(
@@ -73,17 +81,25 @@ class Runtime:
             bytes_written=self._bytes_written,
             requests=stats["requests"],
             retries=stats["retries"],
-            sweeps=self._sweeps,
-            first_sweep_seconds=self._first_sweep,
-            sweep_seconds=statistics.median(span for span, _ in spans) if spans else None,
-            sweep_bytes=statistics.median(count for _, count in spans) if spans else None,
-            read_rate=sum(count for _, count in spans) / seconds if seconds else None,
+            sweeps=self._log.begun,
+            first_sweep_seconds=self._log.first_seconds,
+            sweep_seconds=steady.sweep_seconds,
+            sweep_bytes=steady.sweep_bytes,
+            read_rate=steady.rate,
+            predicted_seconds=self._predicted_seconds,
+            drive_rate=drive_rate,
+            drive_rate_source=drive_rate_source,
+            steady_seconds=steady.wall_seconds,
+            bubble_seconds=steady.bubble_seconds,
+            steady_wait_seconds=steady.wait_seconds,
+            each_sweep=self._log.sweeps(),
             wait_seconds=counters.wait_seconds,
             hits=counters.hits,
             misses=counters.misses,
             row_reads=counters.row_reads,
             row_bytes=counters.row_bytes,
             longest_waits=tuple(waits[:5]),
+            waits_by_weight=dict(waits),
             process_peak_bytes=process_peak(),
             fallbacks=self._fallbacks(),
         )
@@ -108,7 +124,22 @@ class Runtime:
     @property
     def sweeps(self) -> int:
         """Sweeps begun so far."""
-        return self._sweeps
+        return self._log.begun
+
+    def timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write what was recorded so far to `path`: a trace that Perfetto opens and `zinfer timeline` draws.
+
+        Works after close() too. Reads that have not ended are left out. Raises OSError, and OptionError when
+        nothing was recorded.
+        """
+        if self._recorder is None:
+            raise OptionError(
+                "nothing was recorded: pass timeline=True to zinfer.run (or --timeline FILE to `zinfer run`)"
+            )
+        found = self._recorder.timeline(self._name)
+        if not found.spans:
+            raise OptionError("nothing was recorded yet: call the model first, then timeline()")
+        chrome.write(found, path)
 
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
@@ -130,19 +161,47 @@ class Runtime:
         return self  # a copied model streams through the same runtime
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self._sweeps} sweeps"
+        state = "closed" if self.closed else f"{self._log.begun} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, *_: Any) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close()."""
+    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
-        self._sweeps += 1
-        self._marks.append((time.perf_counter(), self.bytes_read))
+        if self._residency is not None:
+            self._residency.before(args, kwargs)
+        if self._recorder is not None:
+            self._recorder.begin_sweep()
+        self._log.begin(self._mark())
 
-    def end_sweep(self, *_: Any) -> None:
+    def end_sweep(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook for after the model's forward."""
-        if self._first_sweep is None and self._marks:
-            self._first_sweep = time.perf_counter() - self._marks[0][0]
+        if self._recorder is not None:
+            self._recorder.end_sweep()
+        self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
+        if self._residency is not None:
+            self._residency.after(output)
+
+    def _mark(self) -> Mark:
+        device = self._streaming.coordinator.device
+        stats, tally = device.drives.stats, device.tally
+        return Mark(
+            at=time.perf_counter(),
+            busy=stats["busy_seconds"] / max(1, len(device.drives.settings)),
+            transferred=stats["bytes_transferred"],
+            asked=tally.asked,
+            waited=tally.waited,
+            hits=tally.hits,
+            misses=tally.misses,
+        )
+
+    def _drive_rate(self, stats: dict[str, Any]) -> tuple[float | None, str]:
+        """Bytes a second of all drives together, and who measured it."""
+        drives = self._streaming.coordinator.device.drives
+        measured = [drive.read_rate for drive in drives.settings if drive.read_rate is not None]
+        if measured and len(measured) == len(drives.settings):
+            return sum(measured), "aio_bench"
+        busy = stats["busy_seconds"] / max(1, len(drives.settings))
+        return (stats["bytes_transferred"] / busy if busy > 0 else None), "engine"
 
     def _fallbacks(self) -> tuple[str, ...]:
         drives = self._streaming.coordinator.device.drives

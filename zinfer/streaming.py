@@ -13,10 +13,12 @@ from torch import nn
 from tqdm import tqdm
 
 from zinfer.coordinator.coordinator import Coordinator
+from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.cpu import CpuDevice, bounce_bytes
 from zinfer.errors import BudgetError, OptionError
 from zinfer.planner.memory import free_memory, total_memory
 from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.timeline.recorder import Recorder
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
 from zinfer.weights.lowering import Placed, Provenance, Replayed, provenance_of
@@ -31,7 +33,10 @@ SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget /
 # Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
 # plain parameters: their own weights are kept in memory.
 ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
-HEADROOM = 512 << 20  # bytes of free memory left to activations, KV cache and the libraries' own pages
+HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
+HEADROOM_SHARE = (
+    16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
+)
 
 
 @dataclass
@@ -103,9 +108,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Account:
-    """Where the budget went, in bytes. `ceiling` bounds the sum of the others."""
+    """Where the budget went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
+
+    `free` is what the machine had when the plan was made, less headroom: those and activations have to fit there.
+    """
 
     ceiling: int
+    free: int
     residents: int
     window: int
     conversions: int
@@ -119,9 +128,16 @@ class Streaming:
 
     coordinator: Coordinator
     weights: list[Weight]
+    footprints: list[Footprint]  # of each weight
+    placement: Placement
     account: Account
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
+
+    def unsettle(self, index: int) -> None:
+        """Put the streamed parameter of the weight with this index back where it is used."""
+        for slot in self.slots[index]:
+            slot.fill(self.parameters[index])
 
     def install(self) -> None:
         """Put the streamed parameters in their slots, in place of what is there."""
@@ -150,12 +166,19 @@ def gather(model: nn.Module) -> list[Held]:
 
 
 def stream(
-    model: nn.Module, *, offload: str, ceiling: int | None, progress: bool, allocated: bool = False
+    model: nn.Module,
+    *,
+    offload: str,
+    ceiling: int | None,
+    progress: bool,
+    allocated: bool = False,
+    recorder: Recorder | None = None,
 ) -> Streaming:
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
     `offload` as for zinfer.run. `ceiling`: bytes zinfer may allocate, None for what is free.
-    `allocated`: the model was live, its tensors not mapped from these files (see layout.py).
+    `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
+    told what happens.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
     budget = _budget(ceiling)
@@ -167,23 +190,28 @@ def stream(
         weights[index].wants_residence = True
     residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    device = CpuDevice(paths, residents, placement.window_bytes, parts.bounce)
+    in_memory = offload in ("cpu", "none")
+    device = CpuDevice(
+        paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
+    )
     try:
         _read_small(device, small, allocated)
         slots = [item.slots for item in large]
-        coordinator = Coordinator(device, _order(weights, model), _settler(slots, weights))
+        told = device, _order(weights, model), _settler(slots, weights)
+        coordinator = Coordinator(*told) if recorder is None else RecordedCoordinator(*told, recorder)
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
         account = Account(
             ceiling=budget,
+            free=default_budget(),
             residents=placement.resident_bytes,
             window=placement.window_bytes,
             conversions=placement.transient_bytes,
             small=parts.small_bytes,
             bounce=parts.bounce,
         )
-        streaming = Streaming(coordinator, weights, account, slots, parameters)
+        streaming = Streaming(coordinator, weights, parts.footprints, placement, account, slots, parameters)
         streaming.install()
-        if offload in ("cpu", "none"):
+        if in_memory:
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)
@@ -196,7 +224,7 @@ def stream(
 def default_budget() -> int:
     """Bytes zinfer allocates at most where the user sets no ceiling: what is free now, less headroom."""
     free = free_memory()
-    return max(free - min(HEADROOM, free // 4), 0)
+    return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
 
 
 def _budget(ceiling: int | None) -> int:
@@ -245,12 +273,19 @@ def _small_bytes(small: Sequence[Held]) -> int:
     return lay_out([p for item in small for p in placements_of(item.provenance)], unit=VECTOR).nbytes
 
 
-def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
-    budget, needed = parts.budget, parts.needed(offload)
-    if needed > budget:
+def least_budget(parts: Parts, held: Sequence[Held], offload: str) -> int:
+    """The fewest bytes that `held` needs; where that is more than parts.budget, the smallest budget that works."""
+    needed = parts.needed(offload)
+    if needed > parts.budget:
         # A larger budget keeps more tensors and has larger buffers: go up until one fits what it keeps.
         while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
             needed = more
+    return needed
+
+
+def _place(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
+    budget, needed = parts.budget, least_budget(parts, held, offload)
+    if needed > budget:
         what = (
             f"offload={offload!r} keeps the whole model in memory"
             if offload in ("cpu", "none")

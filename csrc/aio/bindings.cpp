@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -250,6 +251,21 @@ class PyEngine {
   std::shared_ptr<Engine> engine_;
 };
 
+// When a request ran. It holds neither the keepalive nor the engine, and so may be kept.
+class PyTiming {
+ public:
+  explicit PyTiming(std::shared_ptr<const Request> request) : request_(std::move(request)) {}
+  PyTiming(const PyTiming&) = delete;
+  PyTiming& operator=(const PyTiming&) = delete;
+  ~PyTiming() { let_go(request_, ::getpid() != owner_); }
+
+  const Request& request() const { return *request_; }
+
+ private:
+  const pid_t owner_ = ::getpid();
+  std::shared_ptr<const Request> request_;
+};
+
 class PyRequest {
  public:
   PyRequest(std::shared_ptr<Request> request, std::shared_ptr<Engine> engine, py::object keepalive)
@@ -267,6 +283,11 @@ class PyRequest {
   const Request& usable() const {
     engine_->refuse_if_forked();
     return *request_;
+  }
+
+  std::unique_ptr<PyTiming> timing() const {
+    engine_->refuse_if_forked();
+    return std::make_unique<PyTiming>(request_);
   }
 
   bool wait(std::optional<double> timeout) const {
@@ -428,11 +449,17 @@ PYBIND11_MODULE(_native, module) {
       .def("sync", [](const File& file) { without_gil([&] { file.sync(); }); })
       .def("close", [](File& file) { without_gil([&] { file.close(); }); });
 
+  py::class_<PyTiming>(module, "Timing", "When a request ran; see zinfer.aio.")
+      .def_property_readonly("started", [](const PyTiming& timing) { return timing.request().started(); })
+      .def_property_readonly("finished", [](const PyTiming& timing) { return timing.request().finished(); })
+      .def_property_readonly("transferred", [](const PyTiming& timing) { return timing.request().transferred(); });
+
   py::class_<PyRequest>(module, "Request", "One read or write in progress; see zinfer.aio.",
                         py::custom_type_setup(collectable))
       .def_property_readonly("done", [](const PyRequest& request) { return request.usable().done(); })
       .def_property_readonly("nbytes", [](const PyRequest& request) { return request.usable().nbytes(); })
       .def_property_readonly("seconds", [](const PyRequest& request) { return request.usable().seconds(); })
+      .def_property_readonly("timing", &PyRequest::timing)
       .def("wait", &PyRequest::wait, py::arg("timeout") = py::none())
       .def("cancel", &PyRequest::cancel);
 

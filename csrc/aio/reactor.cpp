@@ -255,6 +255,7 @@ bool Reactor::must_wait(const Operation& operation) const {
 void Reactor::issue(std::size_t token) {
   Operation& operation = operations_[token];
   operation.issued = now_;
+  operation.work->request->mark_started(now_);
   const Piece& piece = operation.piece;
   const Descriptor& file = *operation.work->files[piece.file];
   char* const start = operation.slot != nullptr
@@ -287,6 +288,7 @@ void Reactor::complete(const Completion& completion) {
   latencies_.add(static_cast<std::uint64_t>(std::chrono::nanoseconds(now_ - operation.issued).count()));
   const auto got = static_cast<std::uint64_t>(completion.result);
   delta_.bytes_transferred += got;
+  work.transferred += got;
   if (failing(work)) return end_operation(token);
   const std::uint64_t arrived = operation.resume_at + got;
   // What a read brings behind the wanted bytes is of no interest.
@@ -411,7 +413,7 @@ void Reactor::publish() {
   for (const std::shared_ptr<Work>& work : ended_) {
     work->files.clear();   // descriptors first: who sees done may count them
     work->claims.clear();  // then, so that who closes a written file holds the last of its descriptor
-    work->request->finish(std::move(work->failure));
+    work->request->finish(std::move(work->failure), work->transferred);
     const std::uint64_t one = 1;
     if (::write(event_fd_, &one, sizeof one) != sizeof one) continue;  // a full counter is readable anyway
   }

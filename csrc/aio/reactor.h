@@ -49,6 +49,7 @@ struct Work {
   bool urgent = false;
   std::size_t next = 0;       // first piece not submitted yet
   std::size_t in_flight = 0;  // pieces submitted and not ended
+  std::uint64_t transferred = 0;  // bytes moved by its operations
   std::optional<DriveFailure> failure;
 };
 

@@ -22,6 +22,13 @@ class Request {
   // From submission to completion; so far, while it is not done.
   double seconds() const;
 
+  // On std::chrono::steady_clock, which is Python's time.perf_counter: when its first operation was submitted (none
+  // while queued, and for ever when it was cancelled there or had no bytes) and when it ended (none until done()).
+  std::optional<double> started() const;
+  std::optional<double> finished() const;
+  // Bytes the drive moved for it, aligned supersets and repetitions included; none until done().
+  std::optional<std::uint64_t> transferred() const;
+
   // Returns done(); whether the read failed is failure()'s to say.
   bool wait_for(std::chrono::nanoseconds timeout) const;
   void wait() const;
@@ -32,8 +39,10 @@ class Request {
   void mark_cancelled() { cancelled_.store(true, std::memory_order_release); }
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
 
+  // The reactor's, at each operation; the first counts.
+  void mark_started(std::chrono::steady_clock::time_point now);
   // The reactor's, once, when no piece is in flight any more.
-  void finish(std::optional<DriveFailure> failure);
+  void finish(std::optional<DriveFailure> failure, std::uint64_t transferred);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -42,10 +51,12 @@ class Request {
   const Clock::time_point submitted_ = Clock::now();
   std::atomic<bool> cancelled_{false};
   std::atomic<bool> done_{false};
-  mutable std::mutex mutex_;  // guards the two below until done_
+  std::atomic<Clock::rep> started_{0};  // ticks; 0: not yet
+  mutable std::mutex mutex_;  // guards what is below until done_
   mutable std::condition_variable ended_;
   std::optional<DriveFailure> failure_;
   Clock::time_point finished_;
+  std::uint64_t transferred_ = 0;
 };
 
 }  // namespace zinfer::aio

@@ -66,6 +66,7 @@ Mapping::~Mapping() {
 }
 
 void Mapping::touch(int threads) {
+  if (threads == 0) return;
   // Whole huge pages to each thread: two threads on one would fault it in twice.
   const size_t piece = round_up(std::max<size_t>(size_ / static_cast<size_t>(threads), 1), kHugePageBytes);
   std::vector<std::thread> helpers;

@@ -38,7 +38,7 @@ class Mapping {
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
 
-  // Makes every page of every slab present, with `threads` >= 1 threads: the first use of fresh memory is
+  // Makes every page of every slab present, with `threads` threads (0: not at all): the first use of fresh memory is
   // slow, and a read should not pay for it.
   void touch(int threads);
 

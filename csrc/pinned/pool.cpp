@@ -33,8 +33,8 @@ const PoolOptions& checked(const PoolOptions& options) {
   if (options.capacity < 1) {
     throw OptionError("capacity must be at least 1 byte, not " + std::to_string(options.capacity));
   }
-  if (options.touch_threads && *options.touch_threads < 1) {
-    throw OptionError("touch_threads must be at least 1, not " + std::to_string(*options.touch_threads));
+  if (options.touch_threads && *options.touch_threads < 0) {
+    throw OptionError("touch_threads must be at least 0, not " + std::to_string(*options.touch_threads));
   }
   const bool in_range = options.slab_bytes > 0 && options.slab_bytes <= static_cast<int64_t>(kSlabBytes);
   if (!in_range || options.slab_bytes % static_cast<int64_t>(kHugePageBytes) != 0) {

@@ -45,7 +45,7 @@ struct PoolOptions {
   int64_t capacity = 0;  // bytes, rounded up to kPageBytes
   PageLockMode page_lock = PageLockMode::automatic;
   bool huge_pages = true;
-  std::optional<int> touch_threads;  // nothing: one for each CPU of this process, 8 at most
+  std::optional<int> touch_threads;  // nothing: one for each CPU of this process, 8 at most; 0: none
   std::optional<int> numa_node;      // preferred, see numa.h
   int64_t slab_bytes = kSlabBytes;   // a multiple of kHugePageBytes, at most kSlabBytes; smaller ones are for tests
 };

@@ -277,11 +277,15 @@ engine = Engine(sys.argv[2], **options)
 buffer = ctypes.create_string_buffer(1 << 20)
 extent = (file, 0, 1 << 20, ctypes.addressof(buffer), False)
 request = engine.read([extent], buffer)
+timing = request.timing
 pid = os.fork()
 if pid == 0:
     refused = 0
+    assert timing.started is None or timing.started > 0
+    del timing
     uses = [
         lambda: engine.read([extent]), lambda: request.wait(), lambda: request.cancel(), lambda: request.done,
+        lambda: request.timing,
         lambda: engine.stats, lambda: engine.close(), lambda: engine.check_integrity(),
     ]
     for use in uses:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from benchmarks import BenchmarkError, drive
-from benchmarks.decode import interleave
+from benchmarks.bench import interleave
 from benchmarks.drive import Drive, Traffic, drive_of, process_traffic
 from benchmarks.report import Requirement, Result, Spread, command, table, write
 
@@ -40,8 +40,8 @@ def test_the_order_of_the_tools_turns_round_every_round():
 
 def test_a_command_can_be_pasted_into_a_shell():
     assert (
-        command("benchmarks.decode", ["--checkpoint", "a b"])
-        == "python -m benchmarks.decode --checkpoint 'a b'"
+        command("benchmarks.versus", ["--checkpoint", "a b"])
+        == "python -m benchmarks.versus --checkpoint 'a b'"
     )
 
 

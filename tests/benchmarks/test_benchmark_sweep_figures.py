@@ -5,40 +5,55 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import bound, growth, worker
+from benchmarks import bound, growth
+from benchmarks.bench import Run
 from benchmarks.bound import Cell, Overhead, Point, counted, requirements
-from benchmarks.drive import Traffic
 from benchmarks.growth import Fit
-from benchmarks.launch import Launched
-from benchmarks.spans import Phase, disturbed
-from benchmarks.worker import Outcome, Task
+from benchmarks.spans import disturbed
+from benchmarks.tools.memory import swept_bytes
+from benchmarks.worker import Outcome
+from tests.benchmarks.runs import GB, USAGE, span
 
-GB = 10**9
 HALF = Cell(50, 4 * GB, 1)
 ALL = Cell(100, 8 * GB, 1)
 
 
-def span(seconds, read=0, foreign_cpu=0.0):
-    return Phase(seconds, Traffic(read, 0), Traffic(read, 0), foreign_cpu)
+WINDOW = GB // 4
+REPORT = {"window_bytes": WINDOW, "small_bytes": 0, "bounce_bytes": 0, "conversion_bytes": 0}
 
 
-def launched(seconds, read=0, resident=None, foreign_cpu=0.0):
+def a_run(seconds, read=0, resident=None, foreign_cpu=0.0, first=8 * GB, report=None):
     outcome = Outcome(
         "zinfer",
-        first_token=span(3.0, 8 * GB),
+        first_token=span(3.0, first),
         tokens_each=[span(seconds, read)] * 3,
-        decode=span(3 * seconds, 3 * read, foreign_cpu),
+        decode=span(3 * seconds, 3 * read, foreign_cpu=foreign_cpu),
         probe_rates=[5 * GB, 5 * GB],
         memory_rates=[3 * GB, 5 * GB],
-        swept=8 * GB,
-        first_swept=8 * GB,
         resident=resident,
+        report=report,
     )
-    return Launched(outcome, 1)
+    return Run(outcome, USAGE)
 
 
-def a_point(cell=HALF, seconds=1.04, read=4 * GB, resident=4 * GB, compute=0.3, foreign_cpu=0.0):
-    return Point(cell, launched(seconds, read, resident, foreign_cpu), launched(compute))
+def a_point(
+    cell=HALF,
+    seconds=1.04,
+    read=4 * GB,
+    resident=4 * GB,
+    compute=0.3,
+    foreign_cpu=0.0,
+    first=8 * GB,
+    cache=0,
+    window=WINDOW,
+):
+    mine = {**REPORT, "planned_resident_bytes": resident, "window_bytes": window, "cache_bytes": cache}
+    counted = {"swept_bytes": 8 * GB, "first_swept_bytes": 8 * GB}
+    return Point(
+        cell,
+        a_run(seconds, read, resident, foreign_cpu, first, mine),
+        a_run(compute, report=counted),
+    )
 
 
 def required(points, predicted=None, overheads=None, tokens_equal=True):
@@ -78,12 +93,34 @@ def test_the_worst_cell_counts_and_of_a_cell_its_median():
 
 
 def test_bytes_read_twice_and_budgets_left_empty_or_exceeded_are_misses():
-    names = ["bytes read a sweep / (W - R)", "budget - resident - KV cache, bytes", "resident / budget"]
-    good = required({HALF: [a_point()]})
-    assert all(good[name].met for name in names)
+    names = [
+        "bytes read a sweep / (W - R)",
+        "budget - resident - KV cache, bytes",
+        "zinfer's account with the KV cache / budget",
+    ]
+    good = a_point(resident=4 * GB - WINDOW, read=4 * GB + WINDOW)
+    assert all(required({HALF: [good]})[name].met for name in names)
     assert not required({HALF: [a_point(read=4.1 * GB)]})[names[0]].met
     assert not required({HALF: [a_point(resident=3 * GB)]})[names[1]].met
-    assert not required({HALF: [a_point(resident=4 * GB + 1)]})[names[2]].met
+    assert required({HALF: [a_point(resident=3 * GB, cache=GB)]})[names[1]].met
+    assert not required({HALF: [a_point(resident=4 * GB - WINDOW + 1)]})[names[2]].met
+    assert not required({HALF: [a_point(resident=4 * GB - WINDOW, cache=1)]})[names[2]].met
+
+
+def test_bytes_of_a_token_are_the_mean_as_a_token_may_read_ahead_for_the_next():
+    run = a_run(1.0, 4 * GB)
+    run.outcome.tokens_each[0] = span(1.0, 5 * GB)
+    assert Point(HALF, run, run).read == 4 * GB
+
+
+def test_the_first_token_may_fill_the_window_for_the_second_but_not_read_twice():
+    name = "bytes read to the first token, less what the window holds of the second / W"
+    ahead = a_point(first=8 * GB + WINDOW)
+    assert ahead.first_ratio == pytest.approx(8.25 / 8)
+    assert required({HALF: [ahead]})[name].measured == pytest.approx(1.0)
+    assert not required({HALF: [a_point(first=8 * GB + 2 * WINDOW)]})[name].met
+    everything = a_point(ALL, resident=8 * GB, read=0, first=8 * GB + WINDOW)
+    assert not required({ALL: [everything]})[name].met
 
 
 def test_undisturbed_rounds_count_where_there_are_enough():
@@ -110,29 +147,19 @@ def test_each_cell_has_a_row_in_both_tables():
     assert "| 100 %, batch 1 | 8.000 | 8.000 | 4.000 | 4.000 | 4.000 |" in bound.byte_rows(points)
 
 
-def test_the_counted_tokens_are_split_evenly_over_the_stretches():
-    task = Task("zinfer", "checkpoint", [1], 12, 1, stretches=3)
-    assert task.counted == [3, 3, 2]
-    assert sum(task.counted) + 3 + 1 == 12
-
-
-def test_the_sequences_of_a_batch_have_different_prompts():
-    assert Task("zinfer", "checkpoint", [1, 2, 3], 3, 1, batch=2).rows == [[1, 2, 3], [2, 3, 1]]
-
-
 def test_a_table_of_rows_counts_a_row_a_token_unless_it_is_tied_to_a_matrix():
     model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False))
-    assert worker.swept_bytes(model, 3) == (3 * 4 + 10 * 4) * 4
-    assert worker.swept_bytes(model, 99) == (10 * 4 + 10 * 4) * 4
+    assert swept_bytes(model, 3) == (3 * 4 + 10 * 4) * 4
+    assert swept_bytes(model, 99) == (10 * 4 + 10 * 4) * 4
     model[1].weight = model[0].weight
-    assert worker.swept_bytes(model, 3) == 10 * 4 * 4
+    assert swept_bytes(model, 3) == 10 * 4 * 4
 
 
 def test_spans_add_up():
-    both = span(1.0, 5, 0.25) + span(2.0, 6, 0.5)
-    assert both == span(3.0, 11, 0.75)
+    both = span(1.0, 5, foreign_cpu=0.25) + span(2.0, 6, foreign_cpu=0.5)
+    assert both == span(3.0, 11, foreign_cpu=0.75)
     assert not disturbed([both])
-    assert disturbed([span(1.0, 5, 0.5)])
+    assert disturbed([span(1.0, 5, foreign_cpu=0.5)])
 
 
 def test_a_line_through_points_on_a_line_explains_all_of_them():

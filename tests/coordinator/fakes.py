@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zinfer.errors import DriveError
+from zinfer.timeline.tally import Tally
 
 SIZE = 100  # bytes of a weight's region, unless told
 
@@ -43,6 +44,7 @@ class FakeFetch:
 
     def __init__(self, weight: Any, error: Exception | None = None, held_back: bool = False) -> None:
         self.weight = weight
+        self.in_place = False
         self._error = error
         self._ready = threading.Event()
         self._tensor: torch.Tensor | None = None
@@ -92,17 +94,23 @@ class FakeDevice:
         self.fail: set[str] = set()
         self.hold_back: set[str] = set()
         self.closed = False
+        self.tally = Tally()
+        self.absent: set[str] = set()  # residents whose place is not present yet
         self.on_start: Callable[[str], None] = lambda name: None
         self._lives: list[weakref.ref[FakeFetch]] = []
 
+    def in_place(self, weight: Any) -> bool:
+        return weight.wants_residence and weight.placed is not None and weight.name not in self.absent
+
     def start(self, weight: Any, *, urgent: bool, timeout: float = 0.0) -> FakeFetch | None:
-        kept = weight.wants_residence and weight.placed is not None
+        kept = self.in_place(weight)
         if self.window is not None and not kept and not self.window.take(weight.layout.nbytes):
             return None
         self.on_start(weight.name)
         self.started.append((weight.name, urgent))
         error = DriveError("EIO", weight.name, 0, 1, 5, "fake") if weight.name in self.fail else None
         fetch = FakeFetch(weight, error, weight.name in self.hold_back)
+        fetch.in_place = kept
         weight.fetch = weakref.ref(fetch)
         self._lives.append(weight.fetch)
         if self.window is not None and not kept:

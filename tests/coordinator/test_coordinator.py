@@ -77,6 +77,51 @@ def test_the_window_never_overflows():
     assert window.in_use <= window.capacity
 
 
+def test_the_end_of_an_operator_gives_its_room_to_the_next_read_before_the_next_operator_asks():
+    scene = Scene("abcd", window=3 * SIZE)
+    scene.use("abcdabcda")
+    assert scene.device.names() == "abcdabcdabc"
+    a: Any = scene.weights["a"]
+    scene.coordinator.done(a)
+    assert scene.device.names() == "abcdabcdabcd"
+
+
+def test_a_weight_that_is_used_again_at_once_is_kept_at_the_end_of_its_operator():
+    scene = Scene("abcd", window=3 * SIZE)
+    scene.use("aabcd" * 2 + "a")
+    a: Any = scene.weights["a"]
+    reads = scene.device.names().count("a")
+    scene.coordinator.done(a)
+    scene.use("a")
+    assert scene.device.names().count("a") == reads
+    scene.coordinator.done(a)
+    assert scene.coordinator._reader().held is None
+
+
+def test_the_end_of_an_operator_that_has_nothing_in_the_window_changes_nothing():
+    scene = Scene("abcd", window=3 * SIZE)
+    b: Any = scene.weights["b"]
+    scene.coordinator.done(b)
+    scene.use("a")
+    scene.coordinator.done(b)
+    assert scene.device.names() == "abc"
+    scene.coordinator.close()
+    scene.coordinator.done(b)
+
+
+def test_a_resident_whose_place_is_not_present_yet_is_read_through_the_window_and_settles_later():
+    scene = Scene("abcd", window=3 * SIZE, residents="c")
+    scene.device.absent = {"c"}
+    scene.use("abcd")
+    assert scene.settled == []
+    scene.device.absent = set()
+    scene.use("abcd")
+    assert scene.settled == ["c"]
+    begun = len(scene.device.started)
+    scene.use("abcd")
+    assert "c" not in [name for name, _ in scene.device.started[begun:]]
+
+
 def test_a_use_twice_running_is_one_read_and_one_tensor():
     scene = Scene("abc", window=3 * SIZE)
     assert scene.use("a") is scene.use("a")

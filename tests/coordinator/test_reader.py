@@ -198,7 +198,7 @@ def test_a_weight_used_twice_running_is_followed_by_itself():
 def test_the_farthest_read_is_dropped_first():
     sweep = Sweep("abcdef")
     sweep.use("a")
-    assert sweep.reader.drop_farthest(lambda weight: True)
+    assert sweep.reader.drop_farthest()
     assert sweep.ahead() == "bc"
     assert sweep.alive() == {"b", "c"}
 
@@ -206,16 +206,38 @@ def test_the_farthest_read_is_dropped_first():
 def test_what_takes_no_window_is_only_dropped_with_what_lies_before_it():
     sweep = Sweep("abcdef")
     sweep.use("a")
-    assert sweep.reader.drop_farthest(lambda weight: weight.name == "c")
+    for fetch in sweep.reader.queue:
+        fetch.in_place = fetch.weight.name != "c"
+    assert sweep.reader.drop_farthest()
     assert sweep.ahead() == "b"
 
 
 def test_there_may_be_nothing_to_drop():
     sweep = Sweep("abcdef")
-    assert not sweep.reader.drop_farthest(lambda weight: True)
+    assert not sweep.reader.drop_farthest()
     sweep.use("a")
-    assert not sweep.reader.drop_farthest(lambda weight: False)
+    for fetch in sweep.reader.queue:
+        fetch.in_place = True
+    assert not sweep.reader.drop_farthest()
     assert sweep.ahead() == "bcd"
+
+
+def test_another_use_at_once_is_expected_until_the_trace_knows_better():
+    sweep = Sweep("abc")
+    a: Any = sweep.weights["a"]
+    sweep.use("abca")
+    assert sweep.reader.expects(a)  # "ca" was never followed by anything yet
+    sweep.use("bca")
+    assert not sweep.reader.expects(a)
+
+
+def test_a_use_twice_running_that_was_seen_is_expected_again():
+    sweep = Sweep("abc")
+    a: Any = sweep.weights["a"]
+    sweep.use("aabc" * 2 + "a")
+    assert sweep.reader.expects(a)
+    sweep.use("a")
+    assert not sweep.reader.expects(a)
 
 
 def test_forgetting_drops_every_read_and_keeps_the_place():

@@ -21,10 +21,12 @@ from safetensors.torch import save
 
 from zinfer.aio.block_device import BlockDevice
 from zinfer.aio.profile import Profile, load_profile, profile_path, save_profile
-from zinfer.errors import CheckpointError, StoreError, ZinferError
+from zinfer.errors import CheckpointError, OptionError, StoreError, ZinferError
 from zinfer.store import verify
 from zinfer.store.entry import MANIFEST, SCHEMA, Entry, FileRecord
 from zinfer.store.part_file import hash_file
+from zinfer.timeline import chrome
+from zinfer.timeline.events import COMPUTE, READS, SWEEPS, WAITS, Span, Timeline, totals
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.packed import PAGE, Geometry, Header, format_page, read_pack
 from zinfer.weights.safetensors_header import TensorEntry, read_header
@@ -284,6 +286,36 @@ def profile_seeds() -> list[bytes]:
     return seeds
 
 
+# The trace of a run
+
+
+def trace_file(data: bytes) -> None:
+    path = place("out.json", data)
+    try:
+        timeline = chrome.read(path)
+    except OptionError as error:
+        return check_message(error, path)
+    for span in timeline.spans:
+        require(0 <= span.start <= span.end < 1e11, "a time")
+        require(type(span.nbytes) is int and span.nbytes >= 0 and span.thread >= 0, "counts")
+        require(isinstance(span.name, str) and isinstance(span.kind, str), "names")
+    require(0 <= totals(timeline).bubble_seconds < 1e11, "sums of them")
+
+
+def trace_seeds() -> list[bytes]:
+    spans = (Span(SWEEPS, "0", 0, 2), Span(WAITS, "w", 0, 1), Span(COMPUTE, "w", 1, 2))
+    reads = (Span(READS, "w", 0, 1, nbytes=5, kind="demand"),)
+    seeds = []
+    for timeline in (Timeline("M", spans + reads, ((1.0, 7),), 3), Timeline("M", reads)):
+        path = workspace() / "out.json"
+        chrome.write(timeline, path)
+        document = json.loads(path.read_bytes())
+        # Without the samples of the drive's rate, hundreds of events that are passed over.
+        document["traceEvents"] = [event for event in document["traceEvents"] if event["name"] != chrome.RATE]
+        seeds.append(json.dumps(document).encode())
+    return seeds
+
+
 SAFETENSORS = Framing(split_safetensors, join_safetensors)
 TARGETS = {
     "safetensors": Target(safetensors_header, safetensors_seeds, SAFETENSORS),
@@ -291,4 +323,5 @@ TARGETS = {
     "index": Target(checkpoint_index, index_seeds),
     "manifest": Target(store_manifest, manifest_seeds),
     "profile": Target(drive_profile, profile_seeds),
+    "trace": Target(trace_file, trace_seeds),
 }

@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Each line: what the checker sees, and why it is no fault of the stub.
 ALLOWED = r"""
-zinfer\.(aio|pinned)\._native\.(Engine|File|Pool|Region|Request)  # the metaclass is pybind11's own
+zinfer\.(aio|pinned)\._native\.(Engine|File|Pool|Region|Request|Timing)  # the metaclass is pybind11's own
 zinfer\.aio\._native\.Request\.__init__  # made by Engine only: pybind11's placeholder raises TypeError
+zinfer\.aio\._native\.Timing\.__init__  # made by Request only: the same
 zinfer\.pinned\._native\.Region\.__init__  # made by Pool only: the same
 zinfer\.pinned\._native\.Region\.__buffer__  # the buffer protocol, which has that name from Python 3.12 on
 zinfer\.aio\._native\.Stats  # the type of a dict; not an object of the module

@@ -83,7 +83,7 @@ def test_a_capacity_below_one_is_a_value_error(capacity):
     "options",
     [
         {"page_lock": "perhaps"},
-        {"touch_threads": 0},
+        {"touch_threads": -1},
         {"touch_threads": -3},
         {"slab_bytes": 0},
         {"slab_bytes": -2 * MIB},

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 
 from zinfer.errors import BudgetError
 from zinfer.planner.placement import (
-    MAX_WINDOW,
     MIN_WINDOW,
     ROWS_WINDOW,
+    WANTED_WINDOW,
     Footprint,
     Placement,
     all_resident,
+    grown,
     place,
     smallest,
     spread,
+    thinned,
 )
 
 MIB = 1 << 20
@@ -124,7 +126,7 @@ def test_a_larger_budget_keeps_at_least_as_much_but_for_one_weight_and_a_wider_w
     low, high = sorted(data.draw(st.tuples(budgets(weights), budgets(weights))))
     less, more = place(weights, low), place(weights, high)
     widest = max(w.resident for w in weights) + max(w.window for w in weights)
-    assert more.resident_bytes >= less.resident_bytes - MAX_WINDOW - 2 * widest
+    assert more.resident_bytes >= less.resident_bytes - WANTED_WINDOW - 2 * widest
 
 
 def test_equal_weights_stay_in_proportion_to_the_budget():
@@ -137,9 +139,17 @@ def test_equal_weights_stay_in_proportion_to_the_budget():
 
 def test_a_roomy_budget_gives_a_window_that_keeps_the_drive_busy():
     weights = [Footprint(4 * MIB, 4 * MIB)] * 2000
-    assert place(weights, 4000 * MIB).window_bytes == MAX_WINDOW
-    assert place(weights, 500 * MIB).window_bytes == 100 * MIB
+    assert place(weights, 4000 * MIB).window_bytes == WANTED_WINDOW
+    assert place(weights, 500 * MIB).window_bytes == WANTED_WINDOW
     assert place(weights, 100 * MIB).window_bytes == MIN_WINDOW
+
+
+def test_where_memory_is_short_the_window_grows_to_the_head_rather_than_lose_all_overlap():
+    weights = [Footprint(86 * MIB, 86 * MIB)] * 45 + [Footprint(250 * MIB, 250 * MIB)]
+    plan = place(weights, 370 * MIB)
+    assert plan.window_bytes == 250 * MIB
+    assert len(plan.residents) == 1
+    assert place(weights, 430 * MIB).residents == {45}
 
 
 def test_a_tight_budget_still_lets_one_weight_be_read_while_the_other_computes():
@@ -244,3 +254,33 @@ def test_labels_are_what_is_given_back():
 @pytest.mark.parametrize(("items", "budget"), [([], 100), ([5, 5], 0), ([5], -1)])
 def test_nothing_is_spread_where_there_is_nothing_or_no_room(items, budget):
     assert spread(items, budget, range(len(items))) == set()
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_thinning_keeps_a_part_that_fits_and_the_window_still_streams_the_rest(weights, data):
+    plan = place(weights, data.draw(budgets(weights)))
+    limit = data.draw(st.integers(0, plan.resident_bytes + MIB))
+    stay = thinned(weights, plan.residents, plan.window_bytes, limit)
+    if stay is None:
+        bound = [i for i in plan.residents if weights[i].window > plan.window_bytes]
+        assert sum(weights[i].resident for i in bound) > limit
+        return
+    assert stay <= plan.residents
+    assert sum(weights[i].resident for i in stay) <= limit
+    for i in plan.residents - stay:
+        assert weights[i].window <= plan.window_bytes or weights[i].rows_only
+    if limit >= plan.resident_bytes:
+        assert stay == plan.residents
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_residents_that_left_return_as_far_as_there_is_room_and_nobody_leaves(weights, data):
+    full = place(weights, data.draw(budgets(weights))).residents
+    now = frozenset(data.draw(st.sets(st.sampled_from(sorted(full))))) if full else frozenset()
+    held = sum(weights[i].resident for i in now)
+    limit = data.draw(st.integers(held, sum(w.resident for w in weights) + 1))
+    back = grown(weights, now, full, limit)
+    assert now <= back <= full
+    assert sum(weights[i].resident for i in back) <= limit

@@ -417,7 +417,7 @@ def test_the_smallest_budget_works_where_a_larger_budget_keeps_more(tmp_path):
         assert torch.equal(model(IDS).logits, reference(IDS).logits)
         report = model.zinfer.report()
         parts = report.planned_resident_bytes + report.window_bytes + report.small_bytes + report.bounce_bytes
-        assert parts + report.conversion_bytes <= budget
+        assert parts + report.conversion_bytes <= report.budget
 
 
 @pytest.mark.parametrize("offload", ["cpu", "none"])

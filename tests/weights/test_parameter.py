@@ -26,6 +26,7 @@ class CountingSource:
     def __init__(self, real: torch.Tensor) -> None:
         self.real = real
         self.asked: list[Any] = []
+        self.ended = 0
 
     def whole(self, weight: Weight) -> torch.Tensor:
         self.asked.append("whole")
@@ -34,6 +35,9 @@ class CountingSource:
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         self.asked.append(rows)
         return self.real[rows]
+
+    def done(self, weight: Weight) -> None:
+        self.ended += 1
 
 
 class Streamed:
@@ -105,6 +109,17 @@ METADATA: dict[str, Callable[[torch.Tensor], Any]] = {
     "isinstance": lambda t: (isinstance(t, nn.Parameter), isinstance(t, torch.Tensor)),
     "is_inference": lambda t: t.is_inference(),
 }
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_the_source_is_told_when_an_operator_with_the_weight_has_ended(streamed, mode):
+    with mode():
+        F.linear(torch.ones(1, 4), streamed.parameter)
+        assert streamed.source.ended == 1
+        F.linear(input=torch.ones(1, 4), weight=streamed.parameter)
+    with pytest.raises(RuntimeError):
+        F.linear(torch.ones(1, 5), streamed.parameter)
+    assert streamed.source.ended == 1  # by keyword, or with an error: it learns at the next use
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)], ids=str)

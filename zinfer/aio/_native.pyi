@@ -86,6 +86,24 @@ class File:
         nobody hears of a failure.
         """
 
+class Timing:
+    """When a request ran, in seconds on the clock of `time.perf_counter`. Any thread may read it.
+
+    It holds neither the keepalive nor the engine: kept, it keeps no memory of theirs.
+    """
+
+    @property
+    def started(self) -> float | None:
+        """When its first operation was submitted; None before, and for a request that ended without any."""
+
+    @property
+    def finished(self) -> float | None:
+        """When its last byte had been delivered, or it had failed and drained; None before."""
+
+    @property
+    def transferred(self) -> int | None:
+        """Bytes that the drive moved for it, aligned supersets and repetitions included; None until finished."""
+
 class Request:
     """One read or write in progress, made by `Engine.read` or `Engine.write`.
 
@@ -102,6 +120,10 @@ class Request:
     @property
     def seconds(self) -> float:
         """From submission to completion; so far, while not done."""
+
+    @property
+    def timing(self) -> Timing:
+        """When it really ran; may be kept when the request is dropped."""
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return True once the bytes have moved, False after `timeout` seconds.

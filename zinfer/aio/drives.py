@@ -27,11 +27,15 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class DriveSettings:
-    """What the engine of one device settled for; `measured`: by aio_bench, whose profile says so."""
+    """What the engine of one device settled for; `measured`: by aio_bench, whose profile says so.
+
+    `read_rate`: bytes a second that aio_bench read with these settings, if it did.
+    """
 
     device: str
     settings: Settings
     measured: bool
+    read_rate: float | None = None
 
     def __str__(self) -> str:
         used = self.settings
@@ -84,7 +88,9 @@ class Drives:
             self._engine_of |= dict.fromkeys(files, len(self._engines))
             self._engines.append((device, engine))
             in_use = replace(settings, backend=engine.backend, block_bytes=engine.block_bytes)
-            used.append(DriveSettings(device.name, in_use, measured))
+            profile = profiles[device]
+            rate = profile.read_rate if profile is not None and measured else None
+            used.append(DriveSettings(device.name, in_use, measured, rate))
             logger.info("reading %s", used[-1])
         self.settings = tuple(used)
 

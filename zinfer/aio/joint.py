@@ -12,6 +12,22 @@ from zinfer.errors import DriveError
 LOOK_EVERY = 0.02  # seconds between looks whether another part has failed meanwhile
 
 
+class Ran(Protocol):
+    """When a request ran: see `zinfer.aio._native.Timing`."""
+
+    @property
+    def started(self) -> float | None:
+        """When its first operation was submitted (seconds, time.perf_counter), or None."""
+
+    @property
+    def finished(self) -> float | None:
+        """When it had ended, or None."""
+
+    @property
+    def transferred(self) -> int | None:
+        """Bytes that the drive moved for it, or None until it has ended."""
+
+
 class Waitable(Protocol):
     """What a joint request asks of its parts, and offers itself: see `zinfer.aio.Request`."""
 
@@ -27,11 +43,41 @@ class Waitable(Protocol):
     def seconds(self) -> float:
         """From submission to completion; so far, while not done."""
 
+    @property
+    def timing(self) -> Ran:
+        """When it really ran; may be kept when the request is dropped."""
+
     def wait(self, timeout: float | None = None) -> bool:
         """Return True once the bytes have moved, False after `timeout` seconds; raises DriveError."""
 
     def cancel(self) -> None:
         """Drop the pieces not started; those in flight drain."""
+
+
+class JointTiming:
+    """When the parts of a joint request ran: from the first operation of any to the end of all."""
+
+    def __init__(self, parts: Sequence[Ran]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def started(self) -> float | None:
+        """When the first operation of any part was submitted; None before."""
+        return min((at for part in self._parts if (at := part.started) is not None), default=None)
+
+    @property
+    def finished(self) -> float | None:
+        """When the last part had ended; None before, and where there are no parts."""
+        ends = [part.finished for part in self._parts]
+        known = [at for at in ends if at is not None]
+        return max(known, default=None) if len(known) == len(ends) else None
+
+    @property
+    def transferred(self) -> int | None:
+        """Bytes that all drives moved; None until the last part has ended."""
+        moved = [part.transferred for part in self._parts]
+        known = [count for count in moved if count is not None]
+        return sum(known) if len(known) == len(moved) else None
 
 
 class JointRequest:
@@ -63,6 +109,14 @@ class JointRequest:
     def seconds(self) -> float:
         """From submission to completion of the last part; so far, while not done."""
         return max((part.seconds for part in self._parts), default=0.0)
+
+    @property
+    def timing(self) -> JointTiming:
+        """When its parts really ran; may be kept when the request is dropped."""
+        timings = []  # no comprehension over self, as in wait()
+        for part in self._parts:
+            timings.append(part.timing)
+        return JointTiming(timings)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return True once all bytes have moved, False after `timeout` seconds.

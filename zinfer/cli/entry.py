@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from zinfer._version import __version__
-from zinfer.cli import aio_bench, doctor, run, synth
+from zinfer.cli import aio_bench, doctor, plan, run, synth, timeline
 from zinfer.errors import OptionError, ZinferError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -24,6 +24,8 @@ EPILOG = """\
 examples:
   zinfer synth llama-demo ./llama-demo
   zinfer run ./llama-demo --prompt "Once upon a time" --max-memory cpu=3GiB
+  zinfer timeline out.json --png out.png
+  zinfer plan llama-3.1-70b --hardware rtx4090 --batch 8
   zinfer doctor /mnt/nvme
 
 `zinfer COMMAND --help` explains one command."""
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"zinfer {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in (run, synth, doctor):
+    for command in (run, plan, synth, doctor, timeline):
         sub = commands.add_parser(
             command.NAME,
             help=command.SUMMARY,

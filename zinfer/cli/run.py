@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from zinfer._version import __version__
+from zinfer.cli.options import check_memory, memory, positive
 from zinfer.cli.progress import Progress, SweepMeter
 from zinfer.cli.streamers import IdStreamer, TextStreamer, TokenStreamer
-from zinfer.cli.terminal import LogToTerminal, Terminal
+from zinfer.cli.terminal import LogToTerminal, Terminal, check_writable
 from zinfer.errors import CheckpointError, OptionError
 
 NAME = "run"
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "written there once, striped over all of them",
     )  # fmt: skip
     place.add_argument(
-        "--max-memory", action="append", type=_memory, default=[], metavar="cpu=SIZE",
+        "--max-memory", action="append", type=memory, default=[], metavar="cpu=SIZE",
         help="ceiling on what zinfer allocates, such as cpu=3GiB; default: what is free",
     )  # fmt: skip
     place.add_argument("--dtype", default="auto", help="bfloat16, float32 ...; default: the checkpoint's")
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run model code that the checkpoint brings"
     )
     text = parser.add_argument_group("generation")
-    text.add_argument("--max-new-tokens", type=_positive, default=20, metavar="N", help="default: 20")
-    text.add_argument("--min-new-tokens", type=_positive, metavar="N", help="do not end before N tokens")
+    text.add_argument("--max-new-tokens", type=positive, default=20, metavar="N", help="default: 20")
+    text.add_argument("--min-new-tokens", type=positive, metavar="N", help="do not end before N tokens")
     text.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     text.add_argument("--temperature", type=float, metavar="T", help="above 0; with --sample")
     text.add_argument("--top-p", type=float, metavar="P", help="above 0, up to 1; with --sample")
@@ -76,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=None,
         help="default: a line on stderr where that is a terminal; --progress elsewhere: a line a token",
+    )  # fmt: skip
+    output.add_argument(
+        "--timeline", metavar="FILE",
+        help="record reads, waits and operators there, for https://ui.perfetto.dev and `zinfer timeline FILE`",
     )  # fmt: skip
     output.add_argument("--json", metavar="FILE", help="write the report, the ids and the text there too")
 
@@ -110,10 +115,13 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         max_memory=dict(arguments.max_memory) or None,
         progress=arguments.progress,
         trust_remote_code=trust,
+        timeline=arguments.timeline is not None,
     )
     with model:
         streamer, seconds = _generate(model, prompt, arguments, terminal)
         report = model.zinfer.report()
+    if arguments.timeline:
+        model.zinfer.timeline(arguments.timeline)
     terminal.note(f"{report}\n{_tokens_line(prompt, streamer, seconds)}")
     if arguments.json:
         summary = {
@@ -156,15 +164,16 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--min-new-tokens {arguments.min_new_tokens} is more than "
             f"--max-new-tokens {arguments.max_new_tokens}"
         )
-    devices = [device for device, _ in arguments.max_memory]
-    if len(set(devices)) < len(devices):
-        raise OptionError(f"--max-memory names a device twice: {devices}")
-    if arguments.json:
-        parent = os.path.dirname(arguments.json) or "."
-        if os.path.isdir(arguments.json) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-            raise OptionError(
-                f"--json {arguments.json}: not a file that can be written; name one in a writable folder"
-            )
+    check_memory(arguments.max_memory)
+    for option in ("json", "timeline"):
+        if (path := getattr(arguments, option)) is not None:
+            check_writable(f"--{option}", path)
+    if arguments.json and arguments.timeline and _same(arguments.json, arguments.timeline):
+        raise OptionError(f"--json and --timeline name the same file, {arguments.json}; give each its own")
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _generating_config(folder: str, trust: bool) -> Any:
@@ -292,21 +301,8 @@ def _logging_to(terminal: Terminal, level: int) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _ids(text: str) -> Sequence[int]:
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as '1,2,3'")
     return [int(part) for part in parts]
-
-
-def _memory(text: str) -> tuple[str | int, str]:
-    device, equals, size = text.partition("=")
-    if not (device and equals and size):
-        raise argparse.ArgumentTypeError(f"{text!r}: write the device and the size, for example cpu=3GiB")
-    return (int(device) if device.isdecimal() else device), size

@@ -8,6 +8,8 @@ import sys
 import threading
 from typing import TextIO
 
+from zinfer.errors import OptionError
+
 SAVE, RESTORE, ERASE, DOWN, UP = "\x1b7", "\x1b8", "\r\x1b[2K", "\x1b[B", "\x1b[A"
 INDEX = "\x1bD"  # one row down in the same column, scrolling at the bottom of the screen
 NARROWEST = 20  # columns; a terminal that claims fewer is taken at this width
@@ -94,6 +96,14 @@ class LogToTerminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         self._terminal.note(f"zinfer: {record.levelname.lower()}: {record.getMessage()}")
+
+
+def check_writable(option: str, path: str) -> None:
+    """Raises OptionError unless a file can be written at `path`, which `option` names."""
+    parent = os.path.dirname(path) or "."
+    taken = os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK))
+    if not path or taken or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise OptionError(f"{option} {path}: not a file that can be written; name one in a writable folder")
 
 
 def _printable(text: str) -> str:

@@ -35,7 +35,7 @@ class Counters:
 
     hits: int = 0  # uses served by a read started earlier
     misses: int = 0  # uses that had to be read on demand
-    wait_seconds: float = 0.0  # operators' threads blocked on the drive
+    wait_seconds: float = 0.0  # operators' threads blocked, on the drive or for room in the window
     row_reads: int = 0
     row_bytes: int = 0
     waits_by_weight: dict[str, float] = field(default_factory=dict)
@@ -74,21 +74,23 @@ class Coordinator:
             resident = weight.resident
             if resident is not None:
                 return resident
-            if reader.held is not None and reader.held.weight is weight:
-                return reader.held.wait()
             reader.touched = time.monotonic()
             fetch = reader.advance(weight)
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1
-                must_queue = self._line and _in_window(weight)
+                self.device.tally.misses += 1
+                must_queue = self._line and not self.device.in_place(weight)
                 fetch = self._current(weight) or (
                     None if must_queue else self.device.start(weight, urgent=True)
                 )
             else:
                 self.counters.hits += 1
+                self.device.tally.hits += 1
         if fetch is None:
+            started = time.perf_counter()
             fetch = self._make_room_and_start(weight)
+            self._waited(weight.name, started)
         try:
             with self._lock:
                 self.refuse_closed()
@@ -102,17 +104,29 @@ class Coordinator:
             self._give_up(reader, fetch, isinstance(error, ZinferError))
             fetch = None
             raise
-        if weight.wants_residence:
+        if weight.wants_residence and (fetch.in_place or weight.placed is None):
             self._settle(weight, tensor, reader)
         return tensor
+
+    def done(self, weight: Weight) -> None:
+        """The operator that asked for `weight` has ended: its region may be filled anew before the next one asks."""
+        reader = self._reader()
+        if reader.held is None or reader.held.weight is not weight:
+            return
+        with self._lock:
+            if self._closed or reader.expects(weight):
+                return
+            reader.held = None
+            if not self._line:
+                self._extend(reader)
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """Rows of a placed weight, read now; nothing else of it is."""
         self.refuse_closed()
         started = time.perf_counter()
         out = self.device.read_rows(weight, rows)
+        self._waited(weight.name, started)
         with self._lock:
-            self.counters.wait_seconds += time.perf_counter() - started
             self.counters.row_reads += 1
             self.counters.row_bytes += out.nbytes
         return out
@@ -120,8 +134,45 @@ class Coordinator:
     def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
         """Make `weights`, all meant to be resident, resident now; `progress` is told bytes as they come."""
         for weight in weights:
-            self.whole(weight)
+            Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
             progress(weight.nbytes)
+
+    def change_residents(
+        self, leave: Sequence[Weight], join: Sequence[Weight], on_leave: Callable[[Weight], None]
+    ) -> None:
+        """Stream the weights in `leave` from now on, and keep those in `join` from their next use on.
+
+        `on_leave` is called, under the lock, for each that was resident already. Its memory goes back to the kernel
+        when the last tensor on it dies: operators that run with it now are not disturbed.
+        """
+        with self._lock:
+            for weight in join:
+                weight.wants_residence = True
+            for weight in leave:
+                weight.wants_residence = False
+                if weight.resident is not None:
+                    weight.resident = None
+                    on_leave(weight)
+                self.device.release(weight)
+
+    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
+        """Give all weights' memory back, and take it anew for these residents and a window of that size.
+
+        Raises BudgetError while tensors on the window are in use, by other threads' operators or by callers.
+        """
+        with self._lock:
+            for reader in list(self._readers):
+                reader.forget()
+            window = self.device.window
+            if window is not None and window.in_use:
+                gc.collect()
+                if window.in_use:
+                    raise BudgetError(
+                        f"a larger key-value cache needs another division of memory, but {window.in_use} bytes of the "
+                        "window are in use by other threads or by tensors kept; call again when they are done, or "
+                        "raise max_memory['cpu']"
+                    )
+            self.device.renew_memory(residents, window_bytes)
 
     def close(self) -> None:
         """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
@@ -221,7 +272,7 @@ class Coordinator:
         """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
 
         for reader in sorted(self._readers, key=lambda reader: (reader.touched, -len(reader.queue))):
-            if reader.drop_farthest(_in_window):
+            if reader.drop_farthest():
                 return True
         for reader in self._readers:
             if reader.held is not None and reader.held.weight is not weight:
@@ -234,12 +285,17 @@ class Coordinator:
             return fetch.wait()
         started = time.perf_counter()
         tensor = fetch.wait()
-        waited = time.perf_counter() - started
+        self._waited(fetch.weight.name, started)
+        return tensor
+
+    def _waited(self, name: str, since: float) -> None:
+        """Count the time since `since` (time.perf_counter) as a wait of the calling thread for the weight `name`."""
+        waited = time.perf_counter() - since
+        self.device.tally.waited += waited
         with self._lock:
             self.counters.wait_seconds += waited
             by_weight = self.counters.waits_by_weight
-            by_weight[fetch.weight.name] = by_weight.get(fetch.weight.name, 0.0) + waited
-        return tensor
+            by_weight[name] = by_weight.get(name, 0.0) + waited
 
     def _settle(self, weight: Weight, tensor: torch.Tensor, reader: Reader) -> None:
         with self._lock:
@@ -247,8 +303,3 @@ class Coordinator:
                 weight.resident = tensor
                 self._on_resident(weight, tensor)
             reader.held = None
-
-
-def _in_window(weight: Weight) -> bool:
-    """Whether a read of `weight` takes room in the window: a placed resident has a place of its own."""
-    return not (weight.wants_residence and weight.placed is not None)

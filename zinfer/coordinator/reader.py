@@ -41,6 +41,8 @@ class Reader:
                 self.queue.popleft()
             self._misses = 0
             return self.queue.popleft()
+        if self.held is not None and self.held.weight is weight:
+            return self.held  # used twice running
         self._misses += 1
         if known or self._misses >= MISSES_BEFORE_REBUILD:
             self._stale.extend(self.queue)
@@ -79,17 +81,23 @@ class Reader:
         before = self.queue[-2].weight if len(self.queue) > 1 else self._last
         return before, self.queue[-1].weight
 
-    def drop_farthest(self, evictable: Callable[[Weight], bool]) -> bool:
-        """Give up the read of the use that lies farthest ahead; False when there is none."""
+    def drop_farthest(self) -> bool:
+        """Give up the read in the window of the use that lies farthest ahead; False when there is none."""
         if self._stale:
             self._stale.pop()
             return True
         for position in range(len(self.queue) - 1, -1, -1):
-            if evictable(self.queue[position].weight):
+            if not self.queue[position].in_place:
                 while len(self.queue) > position:
                     self.queue.pop()
                 return True
         return False
+
+    def expects(self, weight: Weight) -> bool:
+        """Whether `weight`, just used, is likely to be used again at once; True while nothing is known."""
+        if self._last is None or not self._trace.saw(self._before, self._last):
+            return True
+        return self._trace.successor(self._before, self._last) is weight
 
     def forget(self) -> None:
         """Drop every read ahead and the held use; the place in the sweep stays."""

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
+from zinfer.aio.joint import Waitable
 from zinfer.device.fetch import Fetch
+from zinfer.device.residents import Residents
 from zinfer.device.shards import Shards
-from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
-from zinfer.pinned import Pool, Region
+from zinfer.errors import BudgetError, CheckpointChangedError
+from zinfer.pinned import Pool
 from zinfer.pinned.numa import node_for, online_nodes
+from zinfer.timeline.recorder import Recorder
+from zinfer.timeline.tally import Tally
 from zinfer.weights.layout import VECTOR, Layout, lay_out
 from zinfer.weights.lowering import Placed, rows_of
 from zinfer.weights.symbolic import evaluate
@@ -39,23 +43,31 @@ class CpuDevice:
 
     `bounce`: bytes of buffers for its engines. `window` is the pool that weights are read ahead into (None when
     nothing streams); each weight in `residents` has a place of its own in a second mapping, so that keeping it can
-    never fail. Any thread may call any method.
+    never fail: `at_once`, or as its pages become present. Any thread may call any method. `tally` counts, thread by
+    thread, what is read; `recorder`, if any, is told of every read.
     """
 
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, paths: Sequence[str], residents: Sequence[Weight], window_bytes: int, bounce: int
+        self,
+        paths: Sequence[str],
+        residents: Sequence[Weight],
+        window_bytes: int,
+        bounce: int,
+        *,
+        at_once: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.tally = Tally()
+        self._recorder = recorder
         self.shards = Shards(paths, bounce)
         self.drives = self.shards.drives
         self.window: Pool | None = None
-        self._resident_pool: Pool | None = None
-        self._resident_block: Region | None = None
-        self._places: dict[Weight, int] = {}
+        self.residents: Residents | None = None
         try:
             self._log_fallbacks()
-            self._take_memory(residents, window_bytes)
+            self._take_memory(residents, window_bytes, at_once)
         except BaseException:
             self.close()
             raise
@@ -72,42 +84,55 @@ class CpuDevice:
         for reason, path in buffered.items():
             logger.warning("%s is read through the page cache: %s", path, reason)
 
-    def _take_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
-        total = 0
-        for weight in residents:
-            self._places[weight] = total
-            total += weight.layout.nbytes
+    def _take_memory(self, residents: Sequence[Weight], window_bytes: int, at_once: bool) -> None:
         node = node_for([device.numa_node for device in self.drives.devices], online_nodes())
         if window_bytes:
             self.window = Pool(window_bytes, page_lock="off", numa_node=node)
-        if total:
-            self._resident_pool = Pool(total, page_lock="off", numa_node=node)
-            self._resident_block = self._resident_pool.acquire(total)
+        self.residents = Residents(residents, node, at_once=at_once)
         for reason in {pool.numa_reason for pool in self.pools if pool.numa_reason}:
             logger.warning("memory may lie far from the drive, on another NUMA node: %s", reason)
 
     @property
     def pools(self) -> list[Pool]:
         """The mappings that weights lie in; none after `close`, once the last tensor on them has died."""
-        return [pool for pool in (self.window, self._resident_pool) if pool is not None and pool.base_address]
+        resident = self.residents.pool if self.residents is not None else None
+        return [pool for pool in (self.window, resident) if pool is not None and pool.base_address]
 
     def close(self) -> None:
         """Drain every read and give the memory back as soon as the last tensor on it dies."""
         self.drives.close()
-        self._resident_block = None
-        for pool in (self.window, self._resident_pool):
-            if pool is not None:
-                pool.close()
+        if self.residents is not None:
+            self.residents.close()
+        if self.window is not None:
+            self.window.close()
+
+    def release(self, weight: Weight) -> None:
+        """Give the place of `weight`, if it has one, back to the kernel as soon as no tensor is on it."""
+        if self.residents is not None and self.residents.has(weight):
+            self.residents.release(weight)
+
+    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
+        """Give the window and all places back, and take new ones. No weight may be resident, no read under way."""
+        for memory in (self.residents, self.window):
+            if memory is not None:
+                memory.close()
+        self.window = self.residents = None
+        self._take_memory(residents, window_bytes, at_once=False)
+
+    def in_place(self, weight: Weight) -> bool:
+        """Whether a read of `weight` would go to the place where it stays, and take no room in the window."""
+        residents = self.residents
+        if residents is None or not weight.wants_residence or not residents.has(weight):
+            return False
+        fits = self.window is not None and weight.layout.nbytes <= self.window.capacity
+        return residents.present(weight) or not fits
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Fetch | None:
         """Begin to read `weight`, or None when the window has no room for it within `timeout` seconds."""
-        place = self._places.get(weight)
-        if place is not None:
-            block = self._resident_block
-            if block is None:
-                raise ClosedError("the device was closed")
-            memory: Any = memoryview(block)[place : place + weight.layout.nbytes]
-            address = block.address + place
+        in_place = self.in_place(weight)
+        if in_place:
+            assert self.residents is not None
+            memory, address = self.residents.take(weight)
         else:
             capacity = self.window.capacity if self.window is not None else 0
             if self.window is None or weight.layout.nbytes > capacity:
@@ -120,8 +145,9 @@ class CpuDevice:
                 return None
             address = memory.address
         request = self._read(weight.layout, memory, address, urgent)
+        self._note(request, weight.name, "demand" if urgent else "prefetch")
         # A partial, not a closure: frames in a traceback keep their function's closure, and so would keep the region.
-        fetch = Fetch(weight, request, partial(self._tensor_of, weight, memory, address))
+        fetch = Fetch(weight, request, partial(self._tensor_of, weight, memory, address), in_place=in_place)
         weight.fetch = weakref.ref(fetch)
         return fetch
 
@@ -139,7 +165,9 @@ class CpuDevice:
         for run in rows_of(placed, rows):
             extents.append((run.path, run.offset, run.length, at, False))
             at += run.length
-        self.shards.read(extents, block, urgent=True).wait()
+        request = self.shards.read(extents, block, urgent=True)
+        self._note(request, weight.name, "rows")
+        request.wait()
         self._refuse_changes({run.path for run in placed.runs})
         return _flagged(out.to(weight.dtype), weight.requires_grad)
 
@@ -147,7 +175,9 @@ class CpuDevice:
         """Small tensors, read at once into one block of ordinary memory; `allocated` as in lay_out."""
         layout = lay_out(placements, allocated=allocated, unit=VECTOR)
         block = torch.empty(layout.nbytes, dtype=torch.uint8)
-        self._read(layout, block, block.data_ptr(), urgent=True).wait()
+        request = self._read(layout, block, block.data_ptr(), urgent=True)
+        self._note(request, "small tensors", "load")
+        request.wait()
         self._refuse_changes({piece.run.path for piece in layout.pieces})
         with torch.inference_mode(False), torch.no_grad():
             return [
@@ -161,6 +191,13 @@ class CpuDevice:
             for piece in layout.pieces
         ]
         return self.shards.read(extents, memory, urgent=urgent)
+
+    def _note(self, request: Waitable, name: str, kind: str) -> None:
+        """Count a read that was started; keeps nothing of the request but when it ran."""
+        nbytes = request.nbytes
+        self.tally.asked += nbytes
+        if self._recorder is not None and nbytes:
+            self._recorder.read(name, kind, request.timing)
 
     def _tensor_of(self, weight: Weight, memory: Any, address: int) -> torch.Tensor:
         """The tensor of `weight` over `memory`, which it keeps alive, or what its conversion makes of it."""

@@ -72,7 +72,8 @@ class Pool:
         device; the first refusal ends it, `locked_bytes` stay locked and `page_lock_reason` says why not all.
         "on" undoes what was locked and raises instead; "off" does not try.
         `huge_pages`: ask for 2-MiB pages (from 2 MiB of capacity on), else refuse them.
-        `touch_threads`: threads that make the pages present, the caller one of them; None for one a CPU, at most 8.
+        `touch_threads`: threads that make the pages present, the caller one of them; None for one a CPU, at most 8;
+        0: pages come when they are first used.
         `numa_node`: take the memory from this node as long as it has any (MPOL_PREFERRED). Where the kernel or
         a container refuses that, the pool works all the same and `numa_reason` says why.
         `slab_bytes`: a multiple of 2 MiB, at most 1 GiB; smaller ones are for tests.

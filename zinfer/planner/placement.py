@@ -15,7 +15,10 @@ MIN_WINDOW = 64 << 20  # bytes; two blocks a queue slot, below which a deep queu
 ROWS_WINDOW = (
     64 << 20
 )  # bytes; a table of rows up to this size may be asked for whole (positions, relative biases)
-MAX_WINDOW = 448 << 20  # bytes; ~0.14 s of a 3.3-GB/s drive, more than any operator's jitter
+WANTED_WINDOW = (
+    192 << 20
+)  # bytes; ~0.05 s of a 4-GB/s drive, what it reads while the head computes and a token is chosen
+COMPUTE_SHARE = 0.25  # time to compute with a weight over the time to read it; a CPU at batch 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Placement:
 
 
 def place(weights: Sequence[Footprint], available: int) -> Placement:
-    """The placement with most resident bytes within `available` bytes; `weights` are in operator order.
+    """The placement with the fastest sweep within `available` bytes; `weights` are in operator order.
 
     Raises BudgetError with the smallest number of bytes that works.
     """
@@ -60,24 +63,46 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
         needed = sum(weights[i].resident for i in candidates)
         if needed + window <= room:
             return Placement(frozenset(candidates), needed, window, transient)
-    # A window of full size first; two of the largest weight let one be read while the other computes;
-    # one alone still works.
-    for window_for in (
-        lambda largest: max(_wanted_window(room), 2 * largest),
-        lambda largest: 2 * largest,
-        int,
-    ):
-        options = []
-        for kept in range(len(by_size)):
-            if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
-                continue  # one more of the same size makes the window no smaller, only the spread uneven
-            window = window_for(max(floor, weights[by_size[kept]].window))
+    options = []
+    for kept in range(len(by_size)):
+        if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
+            continue  # one more of the same size makes the window no smaller, only the spread uneven
+        largest = max(floor, weights[by_size[kept]].window)
+        for window in {max(WANTED_WINDOW, 2 * largest), max(MIN_WINDOW, 2 * largest), 2 * largest, largest}:
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
                 options.append(option)
-        if options:
-            return max(options, key=lambda option: option.resident_bytes)
+    if options:
+        return min(options, key=lambda option: (_drive_bytes(weights, order, option), -option.window_bytes))
     raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+
+
+def thinned(
+    weights: Sequence[Footprint], residents: frozenset[int], window: int, limit: int
+) -> frozenset[int] | None:
+    """Those of `residents` that stay where only `limit` bytes are left for them, evenly spread.
+
+    None where those that a window of `window` bytes cannot stream are more already.
+    """
+    bound = {i for i in residents if not _streams_through(window, weights[i])}
+    left = limit - sum(weights[i].resident for i in bound)
+    if left < 0:
+        return None
+    rest = sorted(residents - bound)
+    return frozenset(bound | spread([weights[i].resident for i in rest], left, rest))
+
+
+def grown(
+    weights: Sequence[Footprint], residents: frozenset[int], wanted: frozenset[int], limit: int
+) -> frozenset[int]:
+    """`residents` and as many of `wanted` as `limit` bytes for all of them allow, evenly spread."""
+    left = limit - sum(weights[i].resident for i in residents)
+    missing = sorted(wanted - residents)
+    return residents | spread([weights[i].resident for i in missing], left, missing)
+
+
+def _streams_through(window: int, weight: Footprint) -> bool:
+    return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 
 def smallest(weights: Sequence[Footprint]) -> int:
@@ -111,8 +136,15 @@ def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
     return order, sorted(order, key=lambda i: -weights[i].window)
 
 
-def _wanted_window(room: int) -> int:
-    return max(MIN_WINDOW, min(MAX_WINDOW, room // 5))
+def _drive_bytes(weights: Sequence[Footprint], order: Sequence[int], placement: Placement) -> float:
+    """What a sweep costs, as bytes that the drive could have moved: those it reads, and its pauses.
+
+    It pauses while an operator computes with a weight beside which the window has no room for another like it; and
+    once a sweep, while the head computes and a token is chosen, when the window is full.
+    """
+    streamed = [weights[i].window for i in order if i not in placement.residents]
+    alone = sum(size for size in streamed if 2 * size > placement.window_bytes)
+    return sum(streamed) + COMPUTE_SHARE * alone + max(0, WANTED_WINDOW - placement.window_bytes)
 
 
 def _with_largest_kept(

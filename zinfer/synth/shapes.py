@@ -48,6 +48,23 @@ def _llama(
     }
 
 
+def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        **_SPECIALS,
+    }
+
+
 def _qwen3_moe(
     hidden: int,
     intermediate: int,
@@ -109,17 +126,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8, 128256, positions=131072, rope=_LLAMA_3_1_ROPE),
     # 812 GB
     "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8, 128256, positions=131072, rope=_LLAMA_3_1_ROPE),
+    # 138 GB
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, positions=4096),
+    # 141 GB
+    "llama-3-70b": _llama(
+        8192, 28672, 80, 64, 8, 128256, positions=8192, rope={"rope_type": "default", "rope_theta": 500000.0}
+    ),
     # 60 GB
-    "opt-30b": {
-        "model_type": "opt",
-        "architectures": ["OPTForCausalLM"],
-        "hidden_size": 7168,
-        "word_embed_proj_dim": 7168,
-        "ffn_dim": 28672,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 56,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
+    "opt-30b": _opt(7168, 48, 56),
+    # 131 GB
+    "opt-66b": _opt(9216, 64, 72),
+    # 350 GB; the paper's shape (Zhang et al. 2022, table 1), as the weights are not on the hub
+    "opt-175b": _opt(12288, 96, 96),
+    # 353 GB
+    "bloom-176b": {
+        "model_type": "bloom",
+        "architectures": ["BloomForCausalLM"],
+        "hidden_size": 14336,
+        "n_layer": 70,
+        "n_head": 112,
+        "vocab_size": 250880,
+        "seq_length": 2048,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
         **_SPECIALS,

@@ -30,6 +30,10 @@ class WeightSource(Protocol):
         """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
         ...
 
+    def done(self, weight: Weight) -> None:
+        """Told when the operator that asked for all of `weight` has ended."""
+        ...
+
 
 class StreamedParameter(torch.Tensor):
     """See the module's docstring. Read-only; deep copies share the weight.
@@ -113,10 +117,13 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if torch.is_autocast_enabled("cpu"):
         return _without_autocast_cache(func, args, kwargs)
     if not kwargs and not torch.is_grad_enabled():
-        return func(*_real(args))
+        out = func(*_real(args))
+        _ended(args)
+        return out
     trained = _input_that_requires_grad(args) if torch.is_grad_enabled() else None
     with torch.no_grad():
         out = func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
+    _ended(args)
     return _NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
 
 
@@ -185,6 +192,13 @@ def _real(value: Any) -> Any:
     if type(value) is dict:
         return {key: _real(item) for key, item in value.items()}
     return value
+
+
+def _ended(args: tuple[Any, ...]) -> None:
+    """Tell the sources that the operator has ended which took `args`; those inside lists learn it at the next use."""
+    for value in args:
+        if type(value) is StreamedParameter and value.weight.resident is None:
+            value.source.done(value.weight)
 
 
 def _read_only(parameter: StreamedParameter, name: str) -> ReadOnlyError:

@@ -263,6 +263,8 @@ class Reactor:
         operation = self._operations[token]
         piece, file = operation.piece, operation.file
         operation.issued = time.monotonic_ns()
+        if operation.work.progress.started is None:
+            operation.work.progress.started = time.monotonic()  # on Linux perf_counter is the same clock
         start = operation.slot or piece.address - (piece.offset - piece.span_offset)
         self._transfers.append(
             Transfer(
@@ -281,6 +283,7 @@ class Reactor:
         operation = self._operations[token]
         work, piece = operation.work, operation.piece
         self._figures["bytes_transferred"] += max(result, 0)
+        work.progress.transferred += max(result, 0)
         if work.failing:
             return self._end_operation(token)
         if result < 0:

@@ -31,7 +31,9 @@ class Progress:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.submitted = time.monotonic()
+        self.started: float | None = None  # when its first operation was submitted
         self.finished = 0.0
+        self.transferred = 0  # bytes moved by its operations
         self.failure: Failure | None = None  # valid once done
         self.cancelled = False
         self.done = False
@@ -54,6 +56,31 @@ class Progress:
             if self._gate.acquire(timeout=min(left, _SLICE)):
                 self._gate.release()
         return True
+
+
+class Timing:
+    """When a request ran, in seconds on the clock of `time.perf_counter`; see zinfer.aio.
+
+    It holds neither the keepalive nor the engine: kept, it keeps no memory of theirs.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    @property
+    def started(self) -> float | None:
+        """When its first operation was submitted; None before, and for a request that ended without any."""
+        return self._progress.started
+
+    @property
+    def finished(self) -> float | None:
+        """When its last byte had been delivered, or it had failed and drained; None before."""
+        return self._progress.finished if self._progress.done else None
+
+    @property
+    def transferred(self) -> int | None:
+        """Bytes that the drive moved for it, aligned supersets and repetitions included; None until finished."""
+        return self._progress.transferred if self._progress.done else None
 
 
 class Request:
@@ -94,6 +121,11 @@ class Request:
         """From submission to completion; so far, while not done."""
         progress = self._usable()
         return (progress.finished if progress.done else time.monotonic()) - progress.submitted
+
+    @property
+    def timing(self) -> Timing:
+        """When it really ran; may be kept when the request is dropped."""
+        return Timing(self._usable())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return True once the bytes have moved, False after `timeout` seconds.

@@ -51,7 +51,8 @@ class Pool:
 
         `page_lock`: "auto" goes without and says so in `page_lock_reason`; "on" raises; "off" does not try.
         `huge_pages`: ask for 2-MiB pages (from 2 MiB of capacity on), else refuse them.
-        `touch_threads`: threads that make the pages present, the caller one of them; None for one a CPU, at most 8.
+        `touch_threads`: threads that make the pages present, the caller one of them; None for one a CPU, at most 8;
+            0: pages come when they are first used.
         `numa_node`: without effect but for `numa_reason`: placing memory on a node needs the compiled modules.
         `slab_bytes`: as in the compiled pool; without a page lock, slabs have no edges that matter.
 
@@ -64,8 +65,8 @@ class Pool:
             raise OptionError(f"capacity must be at least 1 byte, not {nbytes}")
         if touch_threads is None:
             touch_threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-        if touch_threads < 1:
-            raise OptionError(f"touch_threads must be at least 1, not {touch_threads}")
+        if touch_threads < 0:
+            raise OptionError(f"touch_threads must be at least 0, not {touch_threads}")
         if page_lock not in ("auto", "on", "off"):
             raise OptionError(f'page_lock must be "auto", "on" or "off", not "{page_lock}"')
         if not 0 < slab_bytes <= LARGEST_SLAB or slab_bytes % HUGE_PAGE_BYTES:

@@ -47,6 +47,8 @@ class Slab:
 
     def touch(self, threads: int) -> None:
         """Make every page present, on `threads` threads; the caller is one of them."""
+        if threads == 0:
+            return
         # Whole huge pages to each thread: two threads on one would fault it in twice.
         share = max(self.nbytes // threads, 1)
         piece = (share + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES

@@ -1,0 +1,30 @@
+"""The tools that are compared: one module each, run by worker.py with the Python of the tool's own venv.
+
+A module has `PACKAGES`, the distributions whose versions matter, and `prepare(task)`, which imports all that
+the tool needs, its model's own module included, and returns what loads the model. Some have
+`convert(checkpoint, target)`, which writes the tool's own copy of the weights into the folder
+`target` once, before the runs.
+
+At the top of a module stands only what every Python has: the parent process imports them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Session:
+    """A loaded model that decodes greedily, with a key-value cache. One thread uses it."""
+
+    def step(self, rows: list[list[int]]) -> list[int]:
+        """Append ids to each sequence, as many to each; the likeliest next id of each."""
+        raise NotImplementedError
+
+    @property
+    def engine_bytes(self) -> int | None:
+        """Bytes that the tool itself says it has read; None where it does not tell."""
+        return None
+
+    def close(self) -> dict[str, Any] | None:
+        """Give up what outlives the process; the tool's own report, where it makes one."""
+        return None

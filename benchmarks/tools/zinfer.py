@@ -1,0 +1,38 @@
+"""zinfer, with the budget it chooses itself unless the task names one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.tools import Session
+from benchmarks.tools.greedy import GreedySession, import_transformers
+
+if TYPE_CHECKING:
+    from benchmarks.worker import Task
+
+PACKAGES = ("torch", "transformers", "safetensors")
+
+
+class ZinferSession(GreedySession):
+    """The model of `zinfer.run`."""
+
+    @property
+    def engine_bytes(self) -> int | None:
+        """What its I/O engine has read."""
+        return int(self.model.zinfer.bytes_read)
+
+    def close(self) -> dict[str, Any] | None:
+        """Its report, and the bytes of the key-value cache in the end."""
+        report: dict[str, Any] = self.model.zinfer.report().as_dict()
+        self.model.zinfer.close()
+        return {**report, "cache_bytes": self.cache_bytes}
+
+
+def prepare(task: Task) -> Callable[[], Session]:
+    """See the package."""
+    import_transformers(task)
+    import zinfer
+
+    limit = {"cpu": task.max_memory} if task.max_memory else None
+    return lambda: ZinferSession(zinfer.run(task.checkpoint, offload="nvme", max_memory=limit))

@@ -1,0 +1,123 @@
+"""The memory of the weights that stay: a fixed place for each, made present in the background."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from zinfer.errors import ClosedError
+from zinfer.pinned import Pool, Region
+from zinfer.pinned.pages import give_back, populate
+from zinfer.weights.weight import Weight
+
+STEP_BYTES = 2 << 20  # made present at a time; other threads that map memory wait for it
+
+
+class Residents:
+    """One mapping with a fixed place for each of `weights`, so that keeping one can never fail for want of room.
+
+    Fresh memory is slow at first use, seconds for gigabytes, and the first sweep needs none of it: a thread makes
+    the places present one by one, in the order of `weights`, while the model already runs. Before its turn a weight
+    can be read through the window.
+
+        absent --populate--> present --take()--> held --last tensor on it dies--> present
+                     ^                             |
+                     +------- absent <--release()--+   (once the last tensor on it has died)
+
+    `at_once`: all places are present when the constructor returns. Any thread may call any method.
+    """
+
+    def __init__(self, weights: Sequence[Weight], numa_node: int | None, *, at_once: bool) -> None:
+        self._places: dict[Weight, int] = {}
+        total = 0
+        for weight in weights:
+            self._places[weight] = total
+            total += weight.layout.nbytes
+        self._lock = threading.RLock()  # a tensor may die, and call back, inside a method here
+        self._held: dict[Weight, int] = dict.fromkeys(self._places, 0)  # views of its place that are out
+        self._watching: dict[int, weakref.ref[memoryview]] = {}
+        self._released: set[Weight] = set()
+        self._present = set(self._places) if at_once else set()
+        self._closing = threading.Event()
+        self.pool: Pool | None = None
+        self._block: Region | None = None
+        self._populating: threading.Thread | None = None
+        if not total:
+            return
+        self.pool = Pool(total, page_lock="off", numa_node=numa_node, touch_threads=None if at_once else 0)
+        self._block = self.pool.acquire(total)
+        assert self._block is not None
+        if not at_once:
+            self._populating = threading.Thread(
+                target=self._populate, args=(self._block.address,), name="zinfer-touch", daemon=True
+            )
+            self._populating.start()
+
+    def _populate(self, address: int) -> None:
+        for weight, place in self._places.items():
+            end = place + weight.layout.nbytes
+            for at in range(place, end, STEP_BYTES):
+                if self._closing.is_set():
+                    return
+                if weight in self._released or not populate(address + at, min(STEP_BYTES, end - at)):
+                    break  # its pages come when it is read, as on an old kernel all do
+            with self._lock:
+                self._present.add(weight)
+                self._give_back_if_free(weight)
+
+    def has(self, weight: Weight) -> bool:
+        """Whether `weight` has a place."""
+        return weight in self._places
+
+    def present(self, weight: Weight) -> bool:
+        """Whether `weight` has a place that need not be waited for."""
+        return weight in self._present
+
+    def take(self, weight: Weight) -> tuple[Any, int]:
+        """A view of the place of `weight`, which whatever is made over it keeps alive, and its address."""
+        with self._lock:
+            if self._block is None:
+                raise ClosedError("the device was closed")
+            place, nbytes = self._places[weight], weight.layout.nbytes
+            view = memoryview(self._block)[place : place + nbytes]
+            self._released.discard(weight)
+            self._held[weight] += 1
+            # Not weakref.finalize: that would run at the interpreter's end too.
+            watch = weakref.ref(view, partial(_died, weakref.ref(self), weight))
+            self._watching[id(watch)] = watch
+            return view, self._block.address + place
+
+    def release(self, weight: Weight) -> None:
+        """Give the pages of `weight` back to the kernel as soon as no tensor is on them."""
+        with self._lock:
+            self._released.add(weight)
+            self._give_back_if_free(weight)
+
+    def close(self) -> None:
+        """Give all memory back as soon as the last tensor on it dies. Idempotent."""
+        self._closing.set()
+        if self._populating is not None:
+            self._populating.join()
+        with self._lock:
+            self._block = None
+        if self.pool is not None:
+            self.pool.close()
+
+    def _view_died(self, weight: Weight, watch: weakref.ref[memoryview]) -> None:
+        with self._lock:
+            del self._watching[id(watch)]
+            self._held[weight] -= 1
+            self._give_back_if_free(weight)
+
+    def _give_back_if_free(self, weight: Weight) -> None:
+        if self._block is not None and weight in self._released and not self._held[weight]:
+            give_back(self._block.address + self._places[weight], weight.layout.nbytes)
+
+
+def _died(owner: weakref.ref[Residents], weight: Weight, watch: weakref.ref[memoryview]) -> None:
+    residents = owner()
+    if residents is not None:
+        residents._view_died(weight, watch)

@@ -1,0 +1,75 @@
+"""Which weight lives where between uses: device, host or nvme. Pure functions on plain data.
+
+What is resident on the device crosses neither PCIe nor the drive's cable, what is resident in host memory only PCIe.
+Both bounds fall with every byte on the device, and the drive's with every byte in host memory, so the device is
+filled first, then the host, each evenly over the sweep: no other choice predicts a shorter sweep, but for what is
+left over because weights do not divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zinfer.errors import BudgetError
+from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Indices of the weights resident on each tier, and bytes; what is in neither set streams from nvme."""
+
+    device: frozenset[int]
+    host: frozenset[int]
+    device_bytes: int
+    device_window: int
+    host_bytes: int
+    host_window: int
+    conversions: int
+
+
+def place_on_cpu(weights: Sequence[Footprint], available: int) -> Tiers:
+    """The placement of zinfer.run, which computes on the CPU. Raises BudgetError."""
+    found = place(weights, available) if weights else Placement(frozenset(), 0, 0, 0)
+    return Tiers(
+        frozenset(), found.residents, 0, 0, found.resident_bytes, found.window_bytes, found.transient_bytes
+    )
+
+
+def place_on_tiers(
+    weights: Sequence[Footprint], device_available: int, host_available: int, *, drive: bool = True
+) -> Tiers:
+    """Fill the device with residents, then the host; both windows are of bytes that pass through.
+
+    Rows-only tables stay off the device unless all fits, as rows are copied when they are asked for. Without
+    `drive`, everything that is not on the device has to be in host memory.
+    Raises BudgetError with the smallest number of bytes that works on the tier that is too small.
+    """
+    if not weights:
+        return Tiers(frozenset(), frozenset(), 0, 0, 0, 0, 0)
+    try:
+        top = place(weights, device_available)
+    except BudgetError as error:
+        raise BudgetError(
+            f"the device has {device_available} bytes for weights, too few: {smallest(weights)} would do",
+            smallest(weights),
+        ) from error
+    left = [index for index in range(len(weights)) if index not in top.residents]
+    rest = [weights[index] for index in left]
+    if not rest:
+        return Tiers(top.residents, frozenset(), top.resident_bytes, top.window_bytes, 0, 0, 0)
+    needed = smallest(rest) if drive else all_resident(rest)
+    if needed > host_available:
+        raise BudgetError(
+            f"the host has {max(host_available, 0)} bytes for weights, too few: {needed} would do", needed
+        )
+    below = place(rest, host_available)
+    return Tiers(
+        device=top.residents,
+        host=frozenset(left[index] for index in below.residents),
+        device_bytes=top.resident_bytes,
+        device_window=top.window_bytes + top.transient_bytes,
+        host_bytes=below.resident_bytes,
+        host_window=below.window_bytes,
+        conversions=below.transient_bytes,
+    )

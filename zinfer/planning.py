@@ -1,0 +1,360 @@
+"""`zinfer.plan`: what a model would do on a machine, before a byte of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zinfer.dry_run import DryRunError, dry_run
+from zinfer.errors import BudgetError, OptionError
+from zinfer.hardware_probe import this_machine
+from zinfer.outline import Outline, outline_of
+from zinfer.planner.assumed import Matrix, assumed_work
+from zinfer.planner.cost import Operator, Pass, Work, largest_batch, moved_bytes, sweep
+from zinfer.planner.hardware import Hardware, load_hardware
+from zinfer.planner.memory import free_memory, parse_size
+from zinfer.planner.placement import smallest
+from zinfer.planner.plan import Plan, times
+from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
+from zinfer.streaming import HEADROOM, Held, Parts, check_offload, gather, least_budget
+from zinfer.weights.checkpoint import expected_shards
+from zinfer.weights.lowering import Placed
+
+DEVICE_HEADROOM = (
+    1 << 30
+)  # bytes of a device left to its context, the libraries' workspaces and the allocator
+MOST_TOKENS = 1 << 24
+
+
+def plan(
+    model: Any,
+    *,
+    hardware: str | Hardware = "this",
+    max_memory: Mapping[Any, int | str] | None = None,
+    batch: int = 1,
+    prompt: int = 512,
+    new_tokens: int = 32,
+    offload: str = "nvme",
+    dtype: str | torch.dtype = "auto",
+    remeasure: bool = False,
+    **options: Any,
+) -> Plan:
+    """Where the weights of `model` would live, and how fast it would generate.
+
+    Args:
+        model: a checkpoint folder, a config.json or a folder with one, a hub id (only its config is fetched), a
+            built-in shape such as "llama-3.1-70b", or a transformers config object. No weights are needed.
+        hardware: "this" measures the machine at hand once and keeps the figures; "a6000", "rtx4090" and "h200" are
+            published ones; else a JSON file with the same fields, or a Hardware.
+        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings as for zinfer.run; 0 is the device, where there is one.
+            Default: all of that hardware's memories but for headroom; of this machine, what is free.
+        batch, prompt, new_tokens: sequences at once, tokens of each prompt, tokens generated for each.
+        offload, dtype: as for zinfer.run. Of a model without weights, `dtype` is that of its checkpoint.
+        remeasure: measure this machine again.
+        options: further from_pretrained keywords, for a checkpoint folder.
+
+    The weights' places are those that zinfer.run would choose within the same budget; on hardware with a device they
+    are chosen for device, host and drive. Times are predictions by the formula in planner/cost.py.
+
+    Raises OptionError, CheckpointError and BudgetError (a budget too small or beyond the machine, a batch whose cache
+    cannot fit), the last with the number that would work; nothing is read from the weights by then.
+    """
+    check_offload(offload)
+    _check_counts(batch=batch, prompt=prompt, new_tokens=new_tokens)
+    if remeasure and hardware != "this":
+        raise OptionError("remeasure has no effect on hardware other than 'this'")
+    given = _hardware(hardware)  # its faults are told before the model is looked at
+    ceilings = _ceilings(max_memory)
+    with torch.inference_mode(False):
+        outline = outline_of(model, _dtype(dtype), options)
+        machine = given or this_machine(_places(outline), refresh=remeasure)
+        _check_ceilings(ceilings, machine)
+        held = gather(outline.model)
+        work, notes = _work(outline, held, batch, prompt, new_tokens)
+    task = _Task(
+        held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
+    )
+    return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
+
+
+@dataclass
+class _Task:
+    """What placement depends on besides the batch. `free`: bytes of host memory that can be had."""
+
+    held: Sequence[Held]
+    work: Work
+    hardware: Hardware
+    ceilings: dict[str | int, int]
+    offload: str
+    free: int
+    divided: dict[int, Parts] = field(default_factory=dict)
+
+    def budgets(self, batch: int) -> tuple[int, int]:
+        """Bytes for the host and for the device.
+
+        On the CPU cache and activations lie beside the budget, as in zinfer.run; the default leaves them room.
+        """
+        spare = max(self.free - min(HEADROOM, self.free // 4), 0)
+        if self.hardware.has_device:
+            device = self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
+            return min(self.ceilings.get("cpu", spare), spare), device
+        room = max(self.free - self.work.memory(batch), 0)
+        return min(self.ceilings.get("cpu", room), spare), 0
+
+    def parts(self, host: int) -> Parts:
+        """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
+        if host not in self.divided:
+            self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
+        return self.divided[host]
+
+    def place(self, batch: int) -> tuple[Parts, Tiers]:
+        """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
+        host, device = self.budgets(batch)
+        memory = self.work.memory(batch)
+        parts = self.parts(host)
+        if self.hardware.has_device:
+            return parts, self._place_on_tiers(parts, host, device, memory)
+        least = least_budget(parts, self.held, self.offload)
+        if least > host:
+            raise BudgetError(
+                f"the budget is {host} bytes; the smallest max_memory['cpu'] that works is {least} bytes with "
+                f"offload={self.offload!r}",
+                least,
+            )
+        if host + memory > self.free:
+            raise BudgetError(
+                f"a budget of {host} bytes leaves {self.free - host} of host memory, but cache and activations take "
+                f"{memory}"
+            )
+        return parts, place_on_cpu(parts.footprints, host - parts.fixed)
+
+    def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
+        needed = smallest(parts.footprints) if parts.footprints else 0
+        needed += parts.small_bytes + memory
+        if needed > device:
+            raise BudgetError(
+                f"the device's budget is {device} bytes, but cache, activations, small tensors and the largest "
+                f"operator take more: the smallest max_memory[0] that works is {needed} bytes",
+                needed,
+            )
+        available = device - memory - parts.small_bytes
+        drive = self.offload in ("auto", "nvme")
+        try:
+            return place_on_tiers(parts.footprints, available, host - parts.bounce, drive=drive)
+        except BudgetError as error:
+            least = (error.smallest or 0) + parts.bounce
+            more = self.parts(least)  # a larger budget has larger buffers
+            least = max(least, (error.smallest or 0) + more.bounce)
+            raise BudgetError(
+                f"the host's budget is {host} bytes with offload={self.offload!r}: the smallest max_memory['cpu'] that "
+                f"works is {least} bytes",
+                least,
+            ) from error
+
+    def fits(self, batch: int) -> bool:
+        """Whether `place` finds a placement."""
+        try:
+            self.place(batch)
+        except BudgetError:
+            return False
+        return True
+
+
+def _plan(
+    outline: Outline,
+    task: _Task,
+    hardware: Hardware,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    notes: list[str],
+) -> Plan:
+    largest = largest_batch(task.fits)
+    try:
+        parts, tiers = task.place(batch)
+    except BudgetError as error:
+        if largest:
+            raise BudgetError(
+                f"batch={batch} with {prompt + new_tokens} tokens each does not fit: {error}. The largest batch that "
+                f"fits is {largest}",
+                error.smallest,
+            ) from error
+        raise
+    work, held = task.work, task.held
+    position = {id(item): index for index, item in enumerate(held)}
+    of_weight = [position[id(item)] for item in parts.large]
+    small = {position[id(item)] for item in parts.small}
+    sizes = [0] * len(held)
+    for index, weight in zip(of_weight, parts.weights, strict=True):
+        sizes[index] = weight.read_bytes
+    device = frozenset(of_weight[i] for i in tiers.device)
+    host = frozenset(of_weight[i] for i in tiers.host)
+    decode = _with_conversions(work.decode, parts, of_weight, device | host)
+    prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
+    bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    nbytes = [weight.nbytes for weight in parts.weights]
+    on_device = sum(nbytes[i] for i in tiers.device)
+    on_host = sum(nbytes[i] for i in tiers.host)
+    host_budget, device_budget = task.budgets(batch)
+    small_bytes = parts.small_bytes
+    total = sum(nbytes) + small_bytes
+    return Plan(
+        model=outline.name,
+        hardware=hardware.name,
+        dtype=outline.dtype,
+        offload=task.offload,
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        weight_bytes=total,
+        device_bytes=on_device + (small_bytes if hardware.has_device else 0),
+        host_bytes=on_host + (0 if hardware.has_device else small_bytes),
+        nvme_bytes=total - small_bytes - on_device - on_host,
+        small_bytes=small_bytes,
+        host_budget=host_budget,
+        device_budget=device_budget,
+        host_window=tiers.host_window,
+        device_window=tiers.device_window,
+        conversion_bytes=tiers.conversions,
+        buffer_bytes=parts.bounce,
+        cache_bytes=work.cache_bytes,
+        activation_bytes=work.activation_bytes,
+        sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
+        read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
+        pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
+        **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
+        largest_batch=largest,
+        notes=tuple(notes + _budget_notes(task, batch)),
+        sources=dict(hardware.sources),
+        tiers={
+            weight.name: "device" if i in tiers.device else "host" if i in tiers.host else "nvme"
+            for i, weight in enumerate(parts.weights)
+        },
+    )
+
+
+def _with_conversions(work: Pass, parts: Parts, of_weight: Sequence[int], kept: frozenset[int]) -> Pass:
+    """`work` and what replaying the weights that are not placed as they are costs: each is read and written again."""
+    replays = [
+        Operator("copy", str(weight.dtype).removeprefix("torch."), 1, 0, weight.read_bytes + weight.nbytes)
+        for index, weight in zip(of_weight, parts.weights, strict=True)
+        if index not in kept and not isinstance(weight.provenance, Placed)
+    ]
+    return Pass((*work.operators, *replays), work.asks)
+
+
+def _budget_notes(task: _Task, batch: int) -> list[str]:
+    """What the reader has to know to get the same from zinfer.run."""
+    if task.hardware.has_device or "cpu" in task.ceilings:
+        return []
+    host, _ = task.budgets(batch)
+    if host < max(task.free - min(HEADROOM, task.free // 4), 0):
+        return [
+            f"cache and activations need more than the usual headroom: run with max_memory={{'cpu': {host}}}"
+        ]
+    return []
+
+
+def _work(
+    outline: Outline, held: Sequence[Held], batch: int, prompt: int, new_tokens: int
+) -> tuple[Work, list[str]]:
+    """The work by a dry run, or assumed where there is none, and what to note about it."""
+    config, notes = outline.model.config.get_text_config(), []
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and prompt + new_tokens > positions:
+        notes.append(
+            f"the model is made for {positions} positions; {prompt + new_tokens} may be more than it takes"
+        )
+    if outline.folder is None:
+        notes.append(
+            "planned from the config: the checkpoint is taken to be laid out as `zinfer synth` writes it"
+        )
+    if not outline.model.can_generate():
+        notes.append("the model does not generate: a token stands for one pass over the whole prompt")
+    try:
+        return dry_run(outline.model, held, batch, prompt, new_tokens), notes
+    except DryRunError as error:
+        notes.append(
+            f"the model cannot be run without data ({error}): 2 flops a weight and row are assumed, and a cache of "
+            "keys and values in every layer"
+        )
+    matrices = [
+        Matrix(index, item.tensor.numel(), item.tensor.numel() * item.tensor.dtype.itemsize, outline.dtype)
+        for index, item in enumerate(held)
+        if item.tensor.dim() > 1 and not isinstance(item.slots[0].owner, torch.nn.Embedding)
+    ]
+    itemsize = getattr(torch, outline.dtype).itemsize
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    kv_heads = int(getattr(config, "num_key_value_heads", 0) or heads)
+    head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
+    work = assumed_work(
+        matrices,
+        batch,
+        prompt,
+        new_tokens,
+        layers=int(getattr(config, "num_hidden_layers", 0) or 0),
+        key_width=2 * kv_heads * head_dim * itemsize,
+        hidden=hidden * itemsize,
+    )
+    return work, notes
+
+
+def _hardware(hardware: str | Hardware) -> Hardware | None:
+    """The machine named; None for this one, which is measured once it is known which drive counts."""
+    if isinstance(hardware, Hardware):
+        return hardware
+    if not isinstance(hardware, str) or not hardware:
+        raise OptionError(f"hardware={hardware!r}: give 'this', a profile's name, a file, or a Hardware")
+    return None if hardware == "this" else load_hardware(hardware)
+
+
+def _places(outline: Outline) -> list[str]:
+    """Paths on the drive that would be read: the shards, or the current folder for a model without weights."""
+    return ["."] if outline.folder is None else list(expected_shards(outline.folder))
+
+
+def _ceilings(max_memory: Mapping[Any, int | str] | None) -> dict[str | int, int]:
+    if max_memory is None:
+        return {}
+    if not isinstance(max_memory, Mapping):
+        raise OptionError(
+            f"max_memory is {max_memory!r}; give a mapping such as {{'cpu': '8GiB', 0: '20GiB'}}"
+        )
+    unknown = [key for key in max_memory if key != "cpu" and (key != 0 or isinstance(key, bool))]
+    if unknown:
+        raise OptionError(f"max_memory has entries for {unknown}; the planner knows 'cpu' and the device 0")
+    return {key: parse_size(size) for key, size in max_memory.items()}
+
+
+def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware) -> None:
+    """Raises OptionError for a ceiling on a device that is not there, BudgetError for one above the machine."""
+    if 0 in ceilings and not hardware.has_device:
+        raise OptionError(
+            f"max_memory[0] has no effect: {hardware.name} computes on the CPU; give 'cpu' alone"
+        )
+    for key, most in (("cpu", hardware.host_memory), (0, hardware.device_memory)):
+        if ceilings.get(key, 0) > most:
+            raise BudgetError(
+                f"max_memory[{key!r}] is {ceilings[key]} bytes, but {hardware.name} has {most}; ask for at most that"
+            )
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+            raise OptionError(f"{name}={value!r}: it is a whole number from 1 to {MOST_TOKENS}")
+
+
+def _dtype(dtype: Any) -> Any:
+    if isinstance(dtype, str) and dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(
+            f"dtype={dtype!r} is no floating-point dtype of torch; write for example 'bfloat16' or 'auto'"
+        )
+    return found
