@@ -80,6 +80,16 @@ def this_machine(paths: Sequence[str], *, refresh: bool = False) -> Hardware:
     return _with_profile(found, device)
 
 
+def measured_machine(path: str) -> Hardware | None:
+    """What this_machine() measured earlier, for the drive that `path` lies on; None where it has not, or not so."""
+    try:
+        device = block_device_of(path)
+    except OSError:
+        return None
+    found = _usable(_load().get(device.key), _conditions())
+    return None if found is None else _with_profile(found, device)
+
+
 def cache_path() -> Path:
     """Where the figures are, or would be."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

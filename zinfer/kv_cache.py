@@ -51,6 +51,11 @@ def cache_bytes(cache: Any) -> int:
     return sum(map(cache_bytes, vars(cache).values())) if isinstance(cache, _HOLDERS) else 0
 
 
+def cache_length(cache: Any) -> int:
+    """Positions that a transformers Cache holds; 0 for anything else."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
 def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> int:
     """Bytes that `coming` adds to `cache` at most.
 
@@ -65,7 +70,7 @@ def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> int:
     if reserved and len(reserved) == len(layers):
         made = any(getattr(layer, "keys", None) is not None for layer in layers)
         return 0 if made else coming.rows * _bytes_a_row(config, itemsize, max(reserved))
-    length = int(cache.get_seq_length()) if now and hasattr(cache, "get_seq_length") else 0
+    length = cache_length(cache) if now else 0
     if length:
         return now * coming.tokens // length
     return coming.rows * _bytes_a_row(config, itemsize, coming.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 
 from zinfer.dry_run import DryRunError, dry_run
-from zinfer.errors import BudgetError, OptionError
-from zinfer.hardware_probe import this_machine
+from zinfer.errors import BudgetError, OptionError, ZinferError
+from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.outline import Outline, outline_of
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.cost import Operator, Pass, Work, largest_batch, moved_bytes, sweep
@@ -19,9 +20,11 @@ from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import HEADROOM, Held, Parts, check_offload, gather, least_budget
+from zinfer.streaming import Held, Parts, check_offload, gather, least_budget, less_headroom
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
+
+logger = logging.getLogger("zinfer")
 
 DEVICE_HEADROOM = (
     1 << 30
@@ -80,6 +83,29 @@ def plan(
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 
+def predicted_sweep(
+    folder: str, ceiling: int, offload: str, dtype: Any, options: Mapping[str, Any], batch: int, length: int
+) -> float | None:
+    """Seconds of a decoding step with `length` positions so far, for a run that is under way; None if unknown.
+
+    Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here.
+    """
+    shards = list(expected_shards(folder))
+    machine = measured_machine(shards[0]) if shards else None
+    if machine is None:
+        return None
+    budget = {"cpu": min(ceiling, machine.host_memory)}
+    shape: dict[str, Any] = {"batch": batch, "prompt": length, "new_tokens": 1}
+    try:
+        found = plan(
+            folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
+        )
+    except ZinferError as error:
+        logger.debug("no prediction: %s", error)
+        return None
+    return found.seconds_a_token
+
+
 @dataclass
 class _Task:
     """What placement depends on besides the batch. `free`: bytes of host memory that can be had."""
@@ -92,17 +118,13 @@ class _Task:
     free: int
     divided: dict[int, Parts] = field(default_factory=dict)
 
-    def budgets(self, batch: int) -> tuple[int, int]:
-        """Bytes for the host and for the device.
-
-        On the CPU cache and activations lie beside the budget, as in zinfer.run; the default leaves them room.
-        """
-        spare = max(self.free - min(HEADROOM, self.free // 4), 0)
+    def budgets(self) -> tuple[int, int]:
+        """Bytes for the host and for the device."""
+        spare = less_headroom(self.free)
         if self.hardware.has_device:
             device = self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
             return min(self.ceilings.get("cpu", spare), spare), device
-        room = max(self.free - self.work.memory(batch), 0)
-        return min(self.ceilings.get("cpu", room), spare), 0
+        return min(self.ceilings.get("cpu", spare), spare), 0
 
     def parts(self, host: int) -> Parts:
         """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
@@ -112,24 +134,37 @@ class _Task:
 
     def place(self, batch: int) -> tuple[Parts, Tiers]:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
-        host, device = self.budgets(batch)
+        host, device = self.budgets()
         memory = self.work.memory(batch)
         parts = self.parts(host)
         if self.hardware.has_device:
             return parts, self._place_on_tiers(parts, host, device, memory)
-        least = least_budget(parts, self.held, self.offload)
+        cache = self.work.cache(batch)
+        streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
+        least = self._least(host, cache if streams else 0)
         if least > host:
             raise BudgetError(
                 f"the budget is {host} bytes; the smallest max_memory['cpu'] that works is {least} bytes with "
                 f"offload={self.offload!r}",
                 least,
             )
-        if host + memory > self.free:
+        taken = parts.fixed + memory
+        available = host - parts.fixed
+        left = less_headroom(self.free) - taken
+        if left < (smallest(parts.footprints) if parts.footprints and streams else 0):
             raise BudgetError(
-                f"a budget of {host} bytes leaves {self.free - host} of host memory, but cache and activations take "
-                f"{memory}"
+                f"cache and activations take {memory} bytes of the {self.free} that are free, and leave too few for "
+                "the weights: make batch or prompt smaller"
             )
-        return parts, place_on_cpu(parts.footprints, host - parts.fixed)
+        within = min(available - cache, left) if streams else available
+        return parts, place_on_cpu(parts.footprints, available, within)
+
+    def _least(self, host: int, cache: int) -> int:
+        """The smallest host budget that works with a cache of that size; larger ones have larger buffers."""
+        needed = host
+        while (more := least_budget(self.parts(needed), self.held, self.offload) + cache) > needed:
+            needed = more
+        return needed if needed > host else more
 
     def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
         needed = smallest(parts.footprints) if parts.footprints else 0
@@ -198,7 +233,7 @@ def _plan(
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
-    host_budget, device_budget = task.budgets(batch)
+    host_budget, device_budget = task.budgets()
     small_bytes = parts.small_bytes
     total = sum(nbytes) + small_bytes
     return Plan(
@@ -227,7 +262,7 @@ def _plan(
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
         **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
         largest_batch=largest,
-        notes=tuple(notes + _budget_notes(task, batch)),
+        notes=tuple(notes),
         sources=dict(hardware.sources),
         tiers={
             weight.name: "device" if i in tiers.device else "host" if i in tiers.host else "nvme"
@@ -244,18 +279,6 @@ def _with_conversions(work: Pass, parts: Parts, of_weight: Sequence[int], kept: 
         if index not in kept and not isinstance(weight.provenance, Placed)
     ]
     return Pass((*work.operators, *replays), work.asks)
-
-
-def _budget_notes(task: _Task, batch: int) -> list[str]:
-    """What the reader has to know to get the same from zinfer.run."""
-    if task.hardware.has_device or "cpu" in task.ceilings:
-        return []
-    host, _ = task.budgets(batch)
-    if host < max(task.free - min(HEADROOM, task.free // 4), 0):
-        return [
-            f"cache and activations need more than the usual headroom: run with max_memory={{'cpu': {host}}}"
-        ]
-    return []
 
 
 def _work(

@@ -86,10 +86,9 @@ class Residency:
         fixed = self._placement.window_bytes + self._placement.transient_bytes
         within = min(within_ceiling, within_machine)
         stay = self._thinned(within - fixed)
-        if stay is None and within < smallest(self._streaming.footprints):
-            if within < within_ceiling:
-                self._warn(coming, account.free - within_machine)
-            within = within_ceiling
+        if stay is None and within < smallest(self._streaming.footprints) <= within_ceiling:
+            self._warn(coming, account.free - within_machine)
+            within = smallest(self._streaming.footprints)
             stay = self._thinned(within - fixed)
         if stay is None:
             self._plan_anew(within, caches, coming)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from zinfer.attach import attach
 from zinfer.errors import OptionError
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.planner.memory import cpu_ceiling
+from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
 from zinfer.streaming import check_offload, stream
@@ -149,7 +151,14 @@ def _run_checkpoint(
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
     streaming = stream(model, offload=offload, ceiling=ceiling, progress=show, recorder=recorder)
-    return attach(model, Runtime(model, streaming, where, offload, written, recorder=recorder))
+    predict = None
+    if given_config is None and variant is None and not unused:
+        plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
+        budget = streaming.account.ceiling
+        predict = partial(predicted_sweep, where, budget, offload, _dtype(dtype), plan_options)
+    return attach(
+        model, Runtime(model, streaming, where, offload, written, recorder=recorder, predict=predict)
+    )
 
 
 def _run_module(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from zinfer.errors import OptionError
+from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
 from zinfer.report import Report
 from zinfer.residency import Residency
@@ -23,8 +25,8 @@ class Runtime:
 
     A sweep is counted at each call of the model itself; the time between two calls of a thread belongs to the
     first of them, so sampling and text output count as part of a token's time (see zinfer.timeline.sweeps).
-    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predicted_seconds`: what a
-    sweep after the first was predicted to take; the report shows it beside the measured.
+    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predict`: seconds that a sweep
+    of so many sequences, so many positions long, should take, or None; the report shows it beside the measured.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Runtime:
         bytes_written: int,
         *,
         recorder: Recorder | None = None,
-        predicted_seconds: float | None = None,
+        predict: Callable[[int, int], float | None] | None = None,
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
@@ -46,7 +48,9 @@ class Runtime:
         self.offload = offload
         self._bytes_written = bytes_written
         self._recorder = recorder
-        self._predicted_seconds = predicted_seconds
+        self._predict = predict
+        self._predicted: dict[tuple[int, int], float | None] = {}
+        self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
         self._log = SweepLog()
 
     def report(self) -> Report:
@@ -86,7 +90,7 @@ class Runtime:
             sweep_seconds=steady.sweep_seconds,
             sweep_bytes=steady.sweep_bytes,
             read_rate=steady.rate,
-            predicted_seconds=self._predicted_seconds,
+            predicted_seconds=self._predicted_seconds(),
             drive_rate=drive_rate,
             drive_rate_source=drive_rate_source,
             steady_seconds=steady.wall_seconds,
@@ -169,6 +173,8 @@ class Runtime:
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
         if self._residency is not None:
             self._residency.before(args, kwargs)
+        if (coming := Pass.of(kwargs, args)) is not None:
+            self._shape = coming.rows, coming.tokens + cache_length(kwargs.get("past_key_values"))
         if self._recorder is not None:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
@@ -180,6 +186,18 @@ class Runtime:
         self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
         if self._residency is not None:
             self._residency.after(output)
+
+    def _predicted_seconds(self) -> float | None:
+        if self._predict is None or self._shape is None:
+            return None
+        rows, length = self._shape
+        near = (
+            rows,
+            1 << (length - 1).bit_length(),
+        )  # a prediction takes a second, and hardly depends on the length
+        if near not in self._predicted:
+            self._predicted[near] = self._predict(*near)
+        return self._predicted[near]
 
     def _mark(self) -> Mark:
         device = self._streaming.coordinator.device

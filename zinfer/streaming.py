@@ -223,7 +223,11 @@ def stream(
 
 def default_budget() -> int:
     """Bytes zinfer allocates at most where the user sets no ceiling: what is free now, less headroom."""
-    free = free_memory()
+    return less_headroom(free_memory())
+
+
+def less_headroom(free: int) -> int:
+    """What zinfer may take of `free` bytes."""
     return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
 
 

@@ -62,9 +62,18 @@ def test_every_step_of_more_memory_makes_the_sweep_of_equal_weights_shorter_or_l
 @given(weight_lists, st.data())
 def test_on_the_cpu_the_places_are_those_of_a_run(weights, data):
     available = data.draw(memories(weights))
-    placed, tiers = place(weights, available), place_on_cpu(weights, available)
+    placed, tiers = place(weights, available), place_on_cpu(weights, available, available)
     assert (tiers.host, tiers.host_window) == (placed.residents, placed.window_bytes)
     assert not tiers.device and not tiers.device_window
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_what_caches_take_on_the_cpu_fewer_residents_leave(weights, data):
+    available = data.draw(memories(weights))
+    within = data.draw(st.integers(smallest(weights), available))
+    tiers = place_on_cpu(weights, available, within)
+    assert tiers.host_bytes + tiers.host_window + tiers.conversions <= within
 
 
 @settings(deadline=None)
@@ -87,7 +96,7 @@ def test_without_a_drive_the_host_has_to_hold_the_rest():
 
 
 def test_no_weights_take_no_place():
-    assert place_on_tiers([], 0, 0) == place_on_cpu([], 0)
+    assert place_on_tiers([], 0, 0) == place_on_cpu([], 0, 0)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

@@ -14,7 +14,9 @@ from running import IDS, check_device, run_tightly, smallest, survive_interrupts
 
 import zinfer
 import zinfer.aio.drives
+import zinfer.planning
 from tests import architectures
+from tests.planner.machines import cpu
 from zinfer.aio import portable
 from zinfer.coordinator.coordinator import Coordinator
 from zinfer.errors import OptionError
@@ -319,14 +321,34 @@ def test_a_prediction_stands_beside_what_was_measured(recorded):
     runtime = recorded.zinfer
     assert runtime.report().predicted_seconds is None
     assert "predicted" not in str(runtime.report())
-    runtime = type(runtime)(recorded, runtime._streaming, "folder", "none", 0, predicted_seconds=0.5)
-    assert "predicted  0.500 s a sweep\n" in str(runtime.report())
-    for _ in range(3):
-        runtime.begin_sweep(recorded, (), {})
+    asked = []
+
+    def predict(rows, length):
+        asked.append((rows, length))
+        return 0.5
+
+    runtime = type(runtime)(recorded, runtime._streaming, "folder", "none", 0, predict=predict)
+    assert runtime.report().predicted_seconds is None
+    for length in (7, 8, 8):
+        runtime.begin_sweep(recorded, (torch.zeros(2, length, dtype=torch.long),), {})
         runtime.end_sweep(recorded, (), None)
     report = runtime.report()
-    assert report.predicted_seconds == 0.5
-    assert f"measured {report.sweep_seconds:.3f} s, " in str(report)
+    assert runtime.report().predicted_seconds == report.predicted_seconds == 0.5
+    assert asked == [(2, 8)]
+    assert f" 0.500 s a sweep; measured {report.sweep_seconds:.3f} s, " in str(report)
+
+
+def test_a_run_on_a_measured_machine_is_predicted(saved, monkeypatch):
+    folder = saved("llama")
+    with run_tightly(folder, SPARE) as model:
+        tokens(model, count=3)
+        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: None)
+        assert model.zinfer.report().predicted_seconds is None
+    with run_tightly(folder, SPARE) as model:
+        tokens(model, count=3)
+        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: cpu(drive_read=1e6))
+        predicted = model.zinfer.report().predicted_seconds
+        assert predicted == pytest.approx(model.zinfer.sweep_bytes / 1e6, rel=0.5)
 
 
 def test_the_report_is_plain_json(recorded):

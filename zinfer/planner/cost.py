@@ -59,6 +59,10 @@ class Work:
     cache_bytes: int
     activation_bytes: int
 
+    def cache(self, batch: int) -> int:
+        """Bytes that the cache takes with `batch` sequences, rounded up."""
+        return -(-self.cache_bytes * batch // self.batch)
+
     def memory(self, batch: int) -> int:
         """Bytes that cache and activations take with `batch` sequences, rounded up."""
         return -(-(self.cache_bytes + self.activation_bytes) * batch // self.batch)

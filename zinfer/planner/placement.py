@@ -7,7 +7,7 @@ needs only enough to keep the drive busy while operators compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zinfer.errors import BudgetError
 
@@ -75,6 +75,20 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
     if options:
         return min(options, key=lambda option: (_drive_bytes(weights, order, option), -option.window_bytes))
     raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+
+
+def divided(weights: Sequence[Footprint], first: Placement, within: int) -> Placement:
+    """`first` as it is when only `within` bytes are left of what it was made for: usually with fewer residents.
+
+    Where its window cannot stream those that would have to leave, another placement. Raises BudgetError with the
+    fewest bytes that work.
+    """
+    stay = thinned(
+        weights, first.residents, first.window_bytes, within - first.window_bytes - first.transient_bytes
+    )
+    if stay is None:
+        return place(weights, within)
+    return replace(first, residents=stay, resident_bytes=sum(weights[i].resident for i in stay))
 
 
 def thinned(

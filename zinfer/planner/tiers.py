@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zinfer.errors import BudgetError
-from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.planner.placement import Footprint, Placement, all_resident, divided, place, smallest
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class Tiers:
     conversions: int
 
 
-def place_on_cpu(weights: Sequence[Footprint], available: int) -> Tiers:
-    """The placement of zinfer.run, which computes on the CPU. Raises BudgetError."""
-    found = place(weights, available) if weights else Placement(frozenset(), 0, 0, 0)
+def place_on_cpu(weights: Sequence[Footprint], available: int, within: int) -> Tiers:
+    """The placement of zinfer.run, which computes on the CPU: made for `available` bytes, cut to what caches leave.
+
+    Raises BudgetError with the fewest bytes `within` that work.
+    """
+    found = Placement(frozenset(), 0, 0, 0)
+    if weights:
+        found = divided(weights, place(weights, available), within)
     return Tiers(
         frozenset(), found.residents, 0, 0, found.resident_bytes, found.window_bytes, found.transient_bytes
     )
