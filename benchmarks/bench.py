@@ -1,16 +1,17 @@
-"""Runs of workers in memory groups of their own: one at a time, on a machine as quiet as can be had."""
+"""Runs of workers, in memory groups of their own or without: one at a time, on a machine as quiet as can be had."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import TypeVar
 
 from benchmarks import BenchmarkError, spans
-from benchmarks.cgroup import Usage, run_limited
+from benchmarks.cgroup import Usage, run_free, run_limited
 from benchmarks.drive import Drive
 from benchmarks.neighbours import wait_until_quiet
 from benchmarks.report import Spread
@@ -20,6 +21,28 @@ from zinfer.aio.probe import measure_read_rate
 
 QUIET_ROUNDS = 3  # fewer do not carry a median
 REASON_CHARACTERS = 160
+PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
+IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run at all
+ACCOUNT = (
+    "planned_resident_bytes",
+    "window_bytes",
+    "small_bytes",
+    "bounce_bytes",
+    "conversion_bytes",
+    "cache_bytes",
+)
+Kind = TypeVar("Kind")
+
+
+def prompt_of(length: int) -> list[int]:
+    """The prompt of a first sequence; see Task.rows for the others."""
+    return [(37 * index + 11) % PROMPT_IDS for index in range(length)]
+
+
+def counting(rounds: Sequence[Kind], disturbed: Callable[[Kind], bool]) -> list[Kind]:
+    """The rounds that were not `disturbed`, or all of them where those are too few."""
+    quiet = [each for each in rounds if not disturbed(each)]
+    return quiet if len(quiet) >= min(QUIET_ROUNDS, len(rounds)) else list(rounds)
 
 
 class RunFailed(BenchmarkError):
@@ -87,6 +110,12 @@ class Run:
         return self.first_seconds - self.outcome.load_seconds
 
     @property
+    def account(self) -> int:
+        """Bytes that zinfer accounts for in the end, and of the key-value cache."""
+        report = self.outcome.report or {}
+        return sum(report[name] for name in ACCOUNT)
+
+    @property
     def watched(self) -> list[Phase]:
         """The spans in which neighbours would falsify the figures: the counted tokens and the probes."""
         assert self.outcome.decode is not None
@@ -114,17 +143,26 @@ class PauseHost:
     def __init__(self, task: Task, out: str, drive: Drive) -> None:
         self._task, self._out, self._drive = task, out, drive
         self.rates: list[float] = []
+        self.memory_rates: list[float] = []
         self.probes: list[Phase] = []
 
     def look(self) -> None:
-        """Called while the worker runs; takes `probe_seconds` when the worker is waiting."""
+        """Called while the worker runs; measures once, or twice, when the worker is waiting."""
         if not Pauses.asked(self._out, len(self.rates)).exists():
             return
         clock = Clock(self._drive)
-        rate = measure_read_rate(weight_files(self._task.checkpoint), self._task.probe_seconds)
+        files, seconds = weight_files(self._task.checkpoint), self._task.probe_seconds
+        rate = measure_read_rate(files, seconds)
+        if self._task.probe_bytes:
+            into_memory = measure_read_rate(files, seconds, self._task.probe_bytes)
+            self.memory_rates.append(into_memory.bytes_per_second)
         self.probes.append(clock.span())
         Pauses.answered(self._out, len(self.rates)).touch()
         self.rates.append(rate.bytes_per_second)
+
+    def fill(self, outcome: Outcome) -> Outcome:
+        """The outcome with what was measured."""
+        return replace(outcome, probes=self.probes, probe_rates=self.rates, memory_rates=self.memory_rates)
 
 
 def failure(usage: Usage, seconds: float | None) -> str | None:
@@ -140,27 +178,38 @@ def failure(usage: Usage, seconds: float | None) -> str | None:
 
 
 def run_one(
-    task: Task, limit: int | None, drive: Drive, keep_page_cache: bool, seconds: float | None = None
+    task: Task,
+    limit: int | None,
+    drive: Drive,
+    *,
+    grouped: bool = True,
+    keep_page_cache: bool = True,
+    seconds: float | None = None,
 ) -> Run:
     """Run one worker, `seconds` at most. Raises RunFailed, with the end of its output, when it fails.
 
-    Its files, in a folder under the task's `scratch`, are removed whatever happens.
+    Not `grouped`: without a memory group, hence without a limit and with the page cache as it is. Its files, in a
+    folder under the task's `scratch`, are removed whatever happens.
     """
     with tempfile.TemporaryDirectory(prefix="zinfer-benchmark-", dir=task.scratch) as folder:
         out = os.path.join(folder, "outcome.json")
         os.mkdir(scratch := os.path.join(folder, "scratch"))
         host = PauseHost(task, out, drive)
-        usage = run_limited(
-            replace(task, scratch=scratch).command(out),
-            limit,
-            drive,
-            keep_page_cache=keep_page_cache,
-            meanwhile=host.look,
-            seconds=seconds,
-        )
+        command = replace(task, scratch=scratch).command(out)
+        if grouped:
+            usage = run_limited(
+                command,
+                limit,
+                drive,
+                keep_page_cache=keep_page_cache,
+                meanwhile=host.look,
+                seconds=seconds,
+            )
+        else:
+            usage = run_free(command, drive, meanwhile=host.look, seconds=seconds)
         if (reason := failure(usage, seconds)) is not None:
             raise RunFailed(task.tool, reason, usage.tail)
-        return Run(replace(read_outcome(out), probes=host.probes, probe_rates=host.rates), usage)
+        return Run(host.fill(read_outcome(out)), usage)
 
 
 @dataclass
@@ -172,19 +221,28 @@ class Bench:
     patience: float
     repeats: int
     seconds: float | None = None
+    grouped: bool = True
     discarded: list[Run] = field(default_factory=list)
 
-    def run(self, task: Task, limit: int | None) -> Run:
-        """One run; one that neighbours disturbed is discarded and repeated, `repeats` times at most.
+    def run(self, task: Task, limit: int | None, label: str = "") -> Run:
+        """One run, which stderr calls `label`, or by its tool.
 
+        One that neighbours disturbed is discarded and repeated, `repeats` times at most.
         What it measured plays no part in that; the last one is kept, disturbed or not. Raises RunFailed.
         """
         for attempt in range(self.repeats + 1):
             if self.patience:
                 wait_until_quiet(self.drive, self.patience)
-            run = run_one(task, limit, self.drive, self.keep_page_cache, self.seconds)
+            run = run_one(
+                task,
+                limit,
+                self.drive,
+                grouped=self.grouped,
+                keep_page_cache=self.keep_page_cache,
+                seconds=self.seconds,
+            )
             disturbed = " (disturbed)" if run.disturbed else ""
-            sys.stderr.write(f"{task.tool}: {run.seconds_a_token:.3f} s a token{disturbed}\n")
+            sys.stderr.write(f"{label or task.tool}: {run.seconds_a_token:.3f} s a token{disturbed}\n")
             if not run.disturbed or attempt == self.repeats:
                 break
             self.discarded.append(run)

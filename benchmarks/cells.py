@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import QUIET_ROUNDS, Run, interleave
+from benchmarks.bench import Run, counting, interleave
 from benchmarks.peers import TOOLS
 from benchmarks.report import Spread
 from zinfer.planner.memory import parse_size
@@ -81,9 +81,7 @@ class Found:
 
 def _quiet(rounds: Sequence[tuple[Run, ...]], index: int) -> list[Run]:
     """Of the rounds without a disturbed run, or of all where those are too few, the runs at `index`."""
-    quiet = [runs for runs in rounds if not any(run.disturbed for run in runs)]
-    chosen = quiet if len(quiet) >= min(QUIET_ROUNDS, len(rounds)) else rounds
-    return [runs[index] for runs in chosen]
+    return [runs[index] for runs in counting(rounds, lambda runs: any(run.disturbed for run in runs))]
 
 
 def plan(cells: Sequence[Cell], tools: Sequence[str], rounds: dict[Cell, int]) -> list[Step]:

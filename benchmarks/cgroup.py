@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks import BenchmarkError
-from benchmarks.child import run_sampled
+from benchmarks.child import anonymous_bytes, run_sampled
 from benchmarks.drive import Drive, drive_of
 from benchmarks.report import main_of
 from zinfer.planner.memory import parse_size
@@ -32,13 +32,16 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command in a group used. Sizes in bytes; `read` and `written` are the whole drive's."""
+    """What a command used. Sizes in bytes; `read` and `written` are the whole drive's.
+
+    What only a group counts is None for a command without one.
+    """
 
     exit_code: int
     limit: int | None
-    max_usage: int
-    limit_hits: int
-    oom_kills: int
+    max_usage: int | None
+    limit_hits: int | None
+    oom_kills: int | None
     peak_anonymous: int
     read: int
     written: int
@@ -167,28 +170,50 @@ def run_limited(
     with memory_group(limit) as group:
         if not keep_page_cache:
             drop_page_cache()
-        before = drive.traffic()
         join = ["sh", "-c", f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"', "sh", *command]
-
-        def sample(_: int) -> int:
-            if meanwhile:
-                meanwhile()
-            return group.anonymous()
-
-        ended = run_sampled(join, sample, seconds=seconds)
-        moved = drive.traffic() - before
-        return Usage(
-            exit_code=ended.exit_code,
+        usage = run_free(join, drive, lambda _: group.anonymous(), meanwhile=meanwhile, seconds=seconds)
+        return replace(
+            usage,
             limit=limit,
             max_usage=group.max_usage,
             limit_hits=group.limit_hits,
             oom_kills=group.oom_kills,
-            peak_anonymous=ended.peak,
-            read=moved.read,
-            written=moved.written,
-            seconds=ended.seconds,
-            tail=ended.tail,
         )
+
+
+def run_free(
+    command: Sequence[str],
+    drive: Drive,
+    anonymous: Callable[[int], int] = anonymous_bytes,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+    seconds: float | None = None,
+) -> Usage:
+    """Run `command` without a group, which takes no root; `anonymous` tells the memory of a process id.
+
+    `meanwhile` and `seconds` as in run_limited.
+    """
+    before = drive.traffic()
+
+    def sample(pid: int) -> int:
+        if meanwhile:
+            meanwhile()
+        return anonymous(pid)
+
+    ended = run_sampled(command, sample, seconds=seconds)
+    moved = drive.traffic() - before
+    return Usage(
+        exit_code=ended.exit_code,
+        limit=None,
+        max_usage=None,
+        limit_hits=None,
+        oom_kills=None,
+        peak_anonymous=ended.peak,
+        read=moved.read,
+        written=moved.written,
+        seconds=ended.seconds,
+        tail=ended.tail,
+    )
 
 
 def _hierarchy() -> tuple[Path, bool]:

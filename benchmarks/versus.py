@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import Bench, Run, RunFailed
+from benchmarks.bench import IN_MEMORY_FACTOR, Bench, Run, RunFailed, prompt_of
 from benchmarks.cells import Cell, Found, plan, seconds_left
 from benchmarks.child import anonymous_bytes, run_sampled
 from benchmarks.drive import drive_of
@@ -33,14 +33,11 @@ from benchmarks.versus_tables import (
     rounds_table,
     summary_table,
 )
-from benchmarks.worker import Task, weight_files
+from benchmarks.worker import UNCOUNTED, Task, weight_files
 
 HEADLINE = "3GiB:1"
 CELLS = [f"{size}GiB:{batch}" for batch in (1, 32) for size in (1, 2, 3, 4)]
 PROMPT_TOKENS = 16
-PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
-UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause
-IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run at all
 
 
 @dataclass
@@ -64,7 +61,7 @@ class Versus:
         return Task(
             tool,
             self.checkpoint,
-            [(37 * index + 11) % PROMPT_IDS for index in range(PROMPT_TOKENS)],
+            prompt_of(PROMPT_TOKENS),
             counted + UNCOUNTED,
             cores(),
             batch=batch,

@@ -28,6 +28,7 @@ from benchmarks.drive import Drive, Traffic, drive_of, process_traffic
 from benchmarks.spans import Clock, Phase
 from benchmarks.tools import Session
 
+UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause
 SETTLED_SECONDS = 0.2  # without a byte read, the tool's look-ahead has come to rest
 SETTLE_LIMIT = 10.0
 ANSWER_SECONDS = 0.02  # between two looks for the parent's answer
@@ -40,7 +41,8 @@ class Task:
     `tool`: a module of benchmarks/tools. `python`: of the tool's venv; None: this one. `batch`: sequences, see
     `rows`. `scratch`: a folder on the checkpoint's drive, for the tool's files. `converted`: the tool's own copy
     of the weights. `max_memory`: zinfer's budget in bytes, None for its default. `probe_seconds`: how long the
-    parent measures the drive, before and after the counted tokens; 0: not at all.
+    parent measures the drive, before and after the counted tokens; 0: not at all. `probe_bytes`: memory that it
+    reads into when it measures a second time; 0: no second time.
     """
 
     tool: str
@@ -54,6 +56,7 @@ class Task:
     converted: str | None = None
     max_memory: int | None = None
     probe_seconds: float = 1.0
+    probe_bytes: int = 0
 
     @property
     def rows(self) -> list[list[int]]:
@@ -80,8 +83,9 @@ class Outcome:
 
     `first_token` covers load and prefill: from the call that loads to the first token; `from_start` is from the
     process's start to there. `tokens_each` are the counted tokens; `tokens` the ids of a step, row by row, step
-    after step. `probes` and `probe_rates` are filled in by the parent. `engine_first_token` is the tool's own
-    count of bytes for `first_token`, `resident` is weights in memory for good (zinfer only).
+    after step. `probes`, `probe_rates` and, of reads into the task's `probe_bytes`, `memory_rates` are filled in by
+    the parent. `engine_first_token` is the tool's own count of bytes for `first_token`, `resident` is weights in
+    memory for good (zinfer only).
     """
 
     tool: str
@@ -94,6 +98,7 @@ class Outcome:
     decode: Phase | None = None
     probes: list[Phase] = field(default_factory=list)
     probe_rates: list[float] = field(default_factory=list)
+    memory_rates: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     process_peak: int = 0
     resident: int | None = None
@@ -165,7 +170,7 @@ def work(task: Task, drive: Drive, out: str) -> Outcome:
     _decode(session, task, clock, Pauses(out) if task.probe_seconds else None, outcome)
     outcome.process_peak = peak_bytes(os.getpid())
     outcome.report = session.close()
-    outcome.resident = outcome.report["resident_bytes"] if outcome.report else None
+    outcome.resident = (outcome.report or {}).get("resident_bytes")
     return outcome
 
 
@@ -182,7 +187,7 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
         pauses.take()
     last = step(last)
     whole = Clock(clock.drive)
-    for _ in range(task.new_tokens - 2):
+    for _ in range(task.new_tokens - UNCOUNTED):
         clock.restart()
         last = step(last)
         outcome.tokens_each.append(clock.span())

@@ -31,6 +31,12 @@ class GreedySession(Session):
         found: list[int] = result.logits[:, -1].argmax(-1).tolist()
         return found
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the key-value cache now."""
+        layers = getattr(self._cache, "layers", ())
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+
 
 def import_transformers(task: Task) -> Any:
     """transformers, quiet, on the task's threads, with the module of the checkpoint's model class imported."""

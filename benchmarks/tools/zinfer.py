@@ -23,10 +23,10 @@ class ZinferSession(GreedySession):
         return int(self.model.zinfer.bytes_read)
 
     def close(self) -> dict[str, Any] | None:
-        """Its report."""
+        """Its report, and the bytes of the key-value cache in the end."""
         report: dict[str, Any] = self.model.zinfer.report().as_dict()
         self.model.zinfer.close()
-        return report
+        return {**report, "cache_bytes": self.cache_bytes}
 
 
 def prepare(task: Task) -> Callable[[], Session]:

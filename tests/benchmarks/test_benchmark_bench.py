@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import bench
-from benchmarks.bench import Bench, PauseHost, failure
+from benchmarks.bench import Bench, PauseHost, counting, failure
 from benchmarks.child import anonymous_bytes, run_sampled
 from benchmarks.drive import Drive, drive_of
 from benchmarks.worker import Pauses, Task, seconds_since_start
@@ -35,7 +35,7 @@ def test_a_slow_run_is_not_disturbed_for_that():
 def test_a_disturbed_run_is_repeated_and_the_last_one_kept(monkeypatch):
     given = [a_run(foreign_cpu=9.0), a_run(foreign_cpu=8.0), a_run(foreign_cpu=7.0)]
     left = list(given)
-    monkeypatch.setattr(bench, "run_one", lambda *_: left.pop(0))
+    monkeypatch.setattr(bench, "run_one", lambda *_, **__: left.pop(0))
     runner = Bench(Drive("vda", "ext4"), True, patience=0, repeats=2)
     assert runner.run(TASK, 1 << 30) is given[2]
     assert runner.discarded == given[:2]
@@ -43,7 +43,7 @@ def test_a_disturbed_run_is_repeated_and_the_last_one_kept(monkeypatch):
 
 def test_an_undisturbed_run_is_kept_whatever_it_measured(monkeypatch):
     slow = a_run(seconds=99.0)
-    monkeypatch.setattr(bench, "run_one", lambda *_: slow)
+    monkeypatch.setattr(bench, "run_one", lambda *_, **__: slow)
     runner = Bench(Drive("vda", "ext4"), True, patience=0, repeats=2)
     assert runner.run(TASK, 1 << 30) is slow
     assert runner.discarded == []
@@ -92,6 +92,20 @@ def test_the_drive_is_measured_only_when_the_worker_asks(monkeypatch, tmp_path):
     host.look()
     assert measured == [(["file"], 1.0)]
     assert host.rates == [3.0]
+    assert host.memory_rates == []
+
+
+def test_the_account_of_a_run_is_the_sum_of_its_parts():
+    names = ["planned_resident_bytes", "window_bytes", "small_bytes", "bounce_bytes", "conversion_bytes"]
+    names += ["cache_bytes"]
+    run = a_run()
+    run.outcome.report = {name: 10**number for number, name in enumerate(names)} | {"resident_bytes": 5}
+    assert run.account == 111111
+
+
+def test_undisturbed_rounds_count_unless_they_are_too_few():
+    assert counting([1, 2, 3, 4], lambda each: each == 2) == [1, 3, 4]
+    assert counting([1, 2, 3, 4], lambda each: each <= 2) == [1, 2, 3, 4]
 
 
 def test_a_worker_whose_parent_has_gone_does_not_wait_for_it(tmp_path):

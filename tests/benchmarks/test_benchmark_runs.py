@@ -2,12 +2,23 @@
 
 import importlib.util
 import json
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import BenchmarkError, cgroup, depth, versus
+import zinfer
+from benchmarks import BenchmarkError, bench, bound, cgroup, growth, sweep, versus, worker
+from benchmarks.bench import PauseHost
 from benchmarks.drive import drive_of
 from benchmarks.tools.accelerate import disk_map
+from benchmarks.turns import Turns, take_turns
+from benchmarks.worker import Task
+from tests.benchmarks.runs import USAGE
 from zinfer.synth import synthesise
 
 
@@ -57,37 +68,122 @@ def test_versus_compares_zinfer_with_peers_and_with_memory(tiny, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"versus.json", "versus.md"}
 
 
-def test_depth_compares_two_models_of_one_width(tiny, tmp_path):
-    out = tmp_path / "depth.json"
-    sizes = [
-        "--hidden",
-        "256",
-        "--layers",
-        "3",
-        "6",
-        "--vocabulary",
-        "512",
-        "--rounds",
-        "1",
-        "--budget",
-        "3MiB",
-    ]
-    assert depth.main(["--folder", str(tmp_path), *sizes, "--json", str(out)]) == 0
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Workers without their processes, each of which would import torch and transformers again."""
+
+    def here(task, limit, drive, **_):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "outcome.json")
+            host = PauseHost(task, out, drive)
+
+            def take(pauses):
+                worker.Pauses.asked(out, pauses._number).touch()
+                host.look()
+                pauses._number += 1
+
+            monkeypatch.setattr(worker.Pauses, "take", take)
+            outcome = worker.work(task, drive, out)
+            Path(out).write_text(json.dumps(asdict(outcome)))
+            return bench.Run(host.fill(worker.read_outcome(out)), replace(USAGE, peak_anonymous=1))
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, "run_one", here)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_worker_without_a_group_decodes_a_batch_and_the_drive_is_measured_twice_a_pause(tiny):
+    task = Task(
+        "zinfer", tiny, [5, 6, 7], 5, 1, batch=4, max_memory=4 << 20, probe_seconds=0.05, probe_bytes=16 << 20
+    )
+    run = bench.run_one(task, None, drive_of(tiny), grouped=False)
+    assert run.usage.peak_anonymous > 4 << 20
+    assert run.usage.max_usage is None
+    assert len(run.outcome.tokens) == 5 * 4
+    assert len(run.outcome.tokens_each) == 3
+    assert len(run.outcome.probe_rates) == len(run.outcome.memory_rates) == 2
+    assert run.account <= 4 << 20
+
+
+def test_with_and_without_zinfer_take_turns_on_the_same_tensors(tiny):
+    overhead = take_turns(Turns(tiny, [1, 2, 3], pairs=4, threads=1))
+    assert len(overhead.zinfer) == len(overhead.plain) == 4
+    assert overhead.tokens_equal
+
+
+def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatch, in_this_process):
+    monkeypatch.setattr(sweep, "predicted", lambda *_: 0.01)  # it measures the machine
+    monkeypatch.setattr(sweep, "take_turns", lambda _: bound.Overhead([1.01, 1.01], [1.0, 1.0], True))
+    out = tmp_path / "sweep.json"
+    cells = ["--percent", "60", "120", "--batches", "1", "3", "--rounds", "1", "--counted", "2", "3"]
+    cells += ["--probe-seconds", "0.05", "--probe-memory", "16MiB", "--patience", "0"]
+    sweep.main(["--checkpoint", tiny, *cells, "--repeats", "0", "--json", str(out)])
     result, required = content(out)
-    assert len(required) == 3
-    deep = result["rounds"][0]["deep"]["outcome"]["report"]
-    assert deep["resident_bytes"] < deep["model_bytes"]
+    assert required["tokens equal at each batch (1: yes)"]["met"]
+    assert required["everything resident: s a token with zinfer / without"]["met"]
+    assert required["zinfer's account with the KV cache / budget"]["met"]
+    runs = result["rounds"][0]["cells"]
+    assert list(runs) == ["60 %, batch 1", "120 %, batch 1", "60 %, batch 3", "120 %, batch 3"]
+    outcome = runs["60 %, batch 3"]["outcome"]
+    assert len(outcome["tokens"]) == 5 * 3
+    assert len(outcome["probe_rates"]) == len(outcome["memory_rates"]) == 2
+    assert len(outcome["tokens_each"]) == 3
+    in_memory = result["rounds"][0]["in_memory"]["3"]["outcome"]["report"]
+    streamed = in_memory["swept_bytes"] - outcome["resident"]
+    assert in_memory["first_swept_bytes"] > in_memory["swept_bytes"]
+    assert outcome["report"]["cache_bytes"] > 0
+    for token in outcome["tokens_each"]:
+        assert streamed * 0.9 < token["process"]["read"] < streamed * 1.1 + bound.ROW_EDGES * 3
+    assert runs["120 %, batch 3"]["outcome"]["resident"] > outcome["resident"]
 
 
-def test_depth_refuses_a_budget_that_holds_the_model(tmp_path):
-    sizes = ["--hidden", "64", "--layers", "1", "2", "--vocabulary", "512", "--budget", "1GiB"]
+def test_the_sweep_asks_the_planner_for_each_cell(monkeypatch):
+    asked = []
+
+    def plan(checkpoint, **options):
+        asked.append((checkpoint, options))
+        return SimpleNamespace(seconds_a_token=1.5)
+
+    monkeypatch.setattr(zinfer, "plan", plan)
+    assert sweep.predicted("checkpoint", 7 << 20, 32, 16, 11) == 1.5
+    options = {"max_memory": {"cpu": 7 << 20}, "batch": 32, "prompt": 16, "new_tokens": 11}
+    assert asked == [("checkpoint", {"hardware": "this", **options})]
+
+
+def test_the_sweep_refuses_a_model_that_does_not_fit_memory(tiny, monkeypatch):
+    monkeypatch.setattr(sweep.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    with pytest.raises(BenchmarkError, match="take a smaller model"):
+        sweep.main(["--checkpoint", tiny])
+
+
+def test_growth_compares_models_of_one_width(tiny, tmp_path, in_this_process):
+    out = tmp_path / "growth.json"
+    sizes = ["--hidden", "256", "--layers", "3", "6", "9", "--budget", "3MiB", "--rounds", "1"]
+    sizes += ["--probe-memory", "8MiB", "--new-tokens", "3", "--probe-seconds", "0.05"]
+    sizes += ["--patience", "0", "--repeats", "0"]
+    growth.main(["--folder", str(tmp_path), *sizes, "--json", str(out)])
+    result, required = content(out)
+    assert len(required) == 5
+    # One weight is a tenth of this budget: the accounts differ by what does not fit, but none is above.
+    assert required["growth of zinfer's account, x1 to the largest"]["measured"] < 0.15
+    assert all(spread["high"] <= 3 << 20 for spread in result["figures"]["peaks"]["zinfer's account"])
+    reports = [run["outcome"]["report"] for run in result["rounds"][0].values()]
+    assert all(report["resident_bytes"] < report["model_bytes"] for report in reports)
+    read = [run["outcome"]["decode"]["process"]["read"] for run in result["rounds"][0].values()]
+    assert read == sorted(set(read))
+
+
+def test_growth_refuses_a_budget_that_holds_the_smallest_model(tmp_path):
+    sizes = ["--hidden", "64", "--layers", "1", "2", "3", "--budget", "1GiB"]
     with pytest.raises(BenchmarkError, match="nothing would stream"):
-        depth.main(["--folder", str(tmp_path), *sizes])
+        growth.main(["--folder", str(tmp_path), *sizes])
 
 
-def test_a_failing_run_shows_the_end_of_its_output(tmp_path):
-    with pytest.raises(BenchmarkError, match=r"(?s)failed with exit code 1.*config\.json"):
-        depth.run_one(str(tmp_path), 1 << 20)
+def test_a_failing_run_shows_the_end_of_its_output(tmp_path, tiny):
+    task = Task("zinfer", str(tmp_path), [1], 3, 1)
+    with pytest.raises(bench.RunFailed, match=r"(?s)^zinfer failed: .*config\.json"):
+        bench.run_one(task, None, drive_of(tiny), grouped=False)
 
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path):
