@@ -23,6 +23,7 @@ QUIET_ROUNDS = 3  # fewer do not carry a median
 REASON_CHARACTERS = 160
 PROMPT_IDS = 250  # prompt ids lie below this, and those of a batch of 32 a little above
 IN_MEMORY_FACTOR = 1.5  # free memory over model bytes, for the reference in memory to be run at all
+WINDOW_BYTES = 256 << 20  # what probes read into: about the window of the models measured here
 ACCOUNT = (
     "planned_resident_bytes",
     "window_bytes",

@@ -18,12 +18,11 @@ import numpy
 from transformers import LlamaConfig
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import Bench, Run, counting
+from benchmarks.bench import WINDOW_BYTES, Bench, Run, counting
 from benchmarks.drive import drive_of
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
 from benchmarks.worker import Task, weight_files
 from zinfer.planner.memory import parse_size
-from zinfer.planner.placement import WANTED_WINDOW
 from zinfer.synth import synthesise
 
 HEAD_SIZE = 64
@@ -130,7 +129,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--probe-memory",
-        default=str(WANTED_WINDOW),
+        default=str(WINDOW_BYTES),
         help="what the second probe reads into; default: a window",
     )
     parser.add_argument(

@@ -18,14 +18,13 @@ from functools import partial
 import psutil
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import IN_MEMORY_FACTOR, Bench, Run, prompt_of
+from benchmarks.bench import IN_MEMORY_FACTOR, WINDOW_BYTES, Bench, Run, prompt_of
 from benchmarks.bound import GB, Cell, Overhead, Point, byte_rows, cell_rows, counted, requirements
 from benchmarks.drive import Drive, drive_of
 from benchmarks.report import Result, Spread, conclude, cores, main_of
 from benchmarks.turns import Turns, take_turns
 from benchmarks.worker import UNCOUNTED, Task, weight_files
 from zinfer.planner.memory import parse_size
-from zinfer.planner.placement import WANTED_WINDOW
 
 
 def predicted(checkpoint: str, budget: int, batch: int, prompt: int, new_tokens: int) -> float:
@@ -67,7 +66,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--probe-memory",
-        default=str(WANTED_WINDOW),
+        default=str(WINDOW_BYTES),
         help="what the second probe reads into; default: a window",
     )
     parser.add_argument(
