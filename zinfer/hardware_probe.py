@@ -45,7 +45,8 @@ LEAST_SET = 64 << 20
 ROWS = (1, 8, 16, 32, 64, 128, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SECONDS = 0.2  # of measuring each point
-DRIVE_SECONDS = 1.0
+DRIVE_SECONDS, DRIVE_TIMES = 1.5, 5
+WINDOW_BYTES = 256 << 20
 SAMPLE_BYTES = 256 << 20  # of the temporary file that is read where there is no checkpoint and no profile
 COPY_BYTES = 16 << 20
 ATTENTION = (
@@ -159,19 +160,28 @@ def _drive_rate(paths: Sequence[str], device: BlockDevice) -> tuple[float, str]:
         return profile.read_rate, f"{device.name}: aio_bench's profile of {profile.measured}"
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) >= BLOCK_BYTES]
     if files:
-        rates = [measure_read_rate(files, DRIVE_SECONDS / 3).bytes_per_second for _ in range(3)]
-        return statistics.median(rates), f"{device.name}: direct reads of the checkpoint, {_now()}"
+        return _read_rate(files), f"{device.name}: direct reads of the checkpoint, {_now()}"
     folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(os.path.abspath(paths[0]))
     try:
         with made_targets([folder], SAMPLE_BYTES) as (target,):
-            rates = [measure_read_rate([target.path], DRIVE_SECONDS / 3).bytes_per_second for _ in range(3)]
+            rate = _read_rate([target.path])
     except StoreError as error:
         raise StoreError(
             f"{error}; run `aio_bench` on the drive to plan for, which keeps a profile"
         ) from error
     except DriveError as error:
         raise OptionError(f"{error}; name a hardware profile instead of 'this'") from error
-    return statistics.median(rates), f"{device.name}: direct reads of a temporary file, {_now()}"
+    return rate, f"{device.name}: direct reads of a temporary file, {_now()}"
+
+
+def _read_rate(files: Sequence[str]) -> float:
+    """Bytes a second into as much memory as a window is: what stays in a processor's cache can come faster."""
+    memory = min(WINDOW_BYTES, free_memory() // 8)
+    rates = [
+        measure_read_rate(files, DRIVE_SECONDS / DRIVE_TIMES, memory).bytes_per_second
+        for _ in range(DRIVE_TIMES)
+    ]
+    return statistics.median(rates)
 
 
 def _with_profile(found: Hardware, device: BlockDevice) -> Hardware:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from zinfer.errors import BudgetError
 from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth
-from zinfer.planner.placement import grown, place, smallest, thinned
+from zinfer.planner.placement import Placement, grown, place, smallest, thinned
 from zinfer.streaming import Streaming
 
 logger = logging.getLogger("zinfer")
@@ -32,6 +32,7 @@ class Residency:
 
     def __init__(self, model: nn.Module, streaming: Streaming) -> None:
         self._config = getattr(model, "config", None)
+        self._generates = bool(hasattr(model, "can_generate") and model.can_generate())  # type: ignore[operator]
         self._streaming = streaming
         self._first = self._placement = streaming.placement
         self._residents = self._first.residents
@@ -61,12 +62,16 @@ class Residency:
         if coming is None or self._config is None or not self._streaming.weights:
             return
         cache = kwargs.get("past_key_values")
-        without = kwargs.get("use_cache") is False
-        growth = 0 if without else cache_growth(cache, self._config, self._itemsize, coming)
+        growth = cache_growth(cache, self._config, self._itemsize, coming) if self._caching(kwargs) else 0
         activations = activation_bytes(self._config, self._itemsize, coming)
         with self._lock:
             self._note(cache)
             self._make_room(self.cache_bytes + growth, activations, coming)
+
+    def _caching(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a pass with these arguments makes or extends a cache."""
+        asked = kwargs.get("use_cache")
+        return self._generates and bool(getattr(self._config, "use_cache", True) if asked is None else asked)
 
     def after(self, output: Any) -> None:
         """Count the cache that a pass returned."""
@@ -116,7 +121,10 @@ class Residency:
     def _keep(self, stay: frozenset[int]) -> None:
         leave, join = self._residents - stay, stay - self._residents
         logger.debug("residents: %d leave, %d return", len(leave), len(join))
-        self._change(leave, join)
+        weights = self._streaming.weights
+        self._streaming.coordinator.change_residents(
+            [weights[index] for index in leave], [weights[index] for index in join], self._streaming.unsettle
+        )
         self._residents = stay
         self._streaming.account = replace(self._streaming.account, residents=self.planned_bytes)
 
@@ -136,32 +144,23 @@ class Residency:
             )
         self._divide(place(footprints, available))
 
-    def _divide(self, placement: Any) -> None:
+    def _divide(self, placement: Placement) -> None:
         """Give all memory back and divide it as `placement` says; every resident is read again at its next use."""
         logger.debug(
             "memory divided anew: window %d, residents %d", placement.window_bytes, placement.resident_bytes
         )
-        weights = self._streaming.weights
-        self._change(self._residents, ())
-        self._residents = frozenset()
-        kept = [weights[index] for index in sorted(placement.residents) if weights[index].placed is not None]
-        self._streaming.coordinator.renew_memory(kept, placement.window_bytes)
-        self._change((), placement.residents)
+        weights, coordinator = self._streaming.weights, self._streaming.coordinator
+        leave = [weights[index] for index in self._residents]
+        join = [weights[index] for index in sorted(placement.residents)]
+        kept = [weight for weight in join if weight.placed is not None]
+        coordinator.renew_memory(leave, self._streaming.unsettle, kept, placement.window_bytes)
+        coordinator.change_residents((), join, self._streaming.unsettle)
         self._placement, self._residents = placement, placement.residents
         self._streaming.account = replace(
             self._streaming.account,
             residents=placement.resident_bytes,
             window=placement.window_bytes,
             conversions=placement.transient_bytes,
-        )
-
-    def _change(self, leave: Collection[int], join: Collection[int]) -> None:
-        weights, streaming = self._streaming.weights, self._streaming
-        index_of = {weights[index]: index for index in leave}
-        streaming.coordinator.change_residents(
-            [weights[index] for index in leave],
-            [weights[index] for index in join],
-            lambda weight: streaming.unsettle(index_of[weight]),
         )
 
     def _warn(self, coming: Pass, needed: int) -> None:

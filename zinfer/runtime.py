@@ -17,7 +17,7 @@ from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
 from zinfer.timeline.recorder import Recorder
-from zinfer.timeline.sweeps import Mark, SweepLog
+from zinfer.timeline.sweeps import Mark, Steady, SweepLog
 
 
 class Runtime:
@@ -61,7 +61,7 @@ class Runtime:
         # A copy: other threads may wait meanwhile.
         waits = sorted(counters.waits_by_weight.copy().items(), key=lambda item: -item[1])
         stats = drives.stats
-        drive_rate, drive_rate_source = self._drive_rate(stats)
+        drive_rate, drive_rate_source = self._drive_rate(steady)
         pools = coordinator.device.pools
         huge = [pool.huge_bytes for pool in pools]
         return Report(
@@ -186,6 +186,7 @@ class Runtime:
         self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
         if self._residency is not None:
             self._residency.after(output)
+        self._streaming.coordinator.device.hurry()
 
     def _predicted_seconds(self) -> float | None:
         if self._predict is None or self._shape is None:
@@ -212,14 +213,14 @@ class Runtime:
             misses=tally.misses,
         )
 
-    def _drive_rate(self, stats: dict[str, Any]) -> tuple[float | None, str]:
+    def _drive_rate(self, steady: Steady) -> tuple[float | None, str]:
         """Bytes a second of all drives together, and who measured it."""
         drives = self._streaming.coordinator.device.drives
         measured = [drive.read_rate for drive in drives.settings if drive.read_rate is not None]
         if measured and len(measured) == len(drives.settings):
             return sum(measured), "aio_bench"
-        busy = stats["busy_seconds"] / max(1, len(drives.settings))
-        return (stats["bytes_transferred"] / busy if busy > 0 else None), "engine"
+        busy = steady.wall_seconds - steady.bubble_seconds
+        return (steady.rate * steady.wall_seconds / busy if steady.rate and busy > 0 else None), "engine"
 
     def _fallbacks(self) -> tuple[str, ...]:
         drives = self._streaming.coordinator.device.drives

@@ -134,8 +134,9 @@ class Streaming:
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
 
-    def unsettle(self, index: int) -> None:
-        """Put the streamed parameter of the weight with this index back where it is used."""
+    def unsettle(self, weight: Weight) -> None:
+        """Put the streamed parameter of `weight` back where it is used."""
+        index = self.weights.index(weight)
         for slot in self.slots[index]:
             slot.fill(self.parameters[index])
 

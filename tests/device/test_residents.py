@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,26 @@ def test_places_become_present_by_themselves_and_in_order():
     until_present(residents, mine[3])
     assert [mapped(residents, place) for place in range(4)] == [SIZE] * 4
     residents.close()
+
+
+def test_in_a_hurry_a_second_thread_helps_and_all_places_become_present(monkeypatch):
+    helpers = set()
+
+    def slow(address: int, nbytes: int) -> bool:
+        helpers.add(threading.get_ident())
+        time.sleep(0.002)
+        return True
+
+    monkeypatch.setattr(module, "populate", slow)
+    mine = weights(20)
+    residents = Residents(mine, None, at_once=False)
+    residents.hurry()
+    residents.hurry()
+    for weight in mine:
+        until_present(residents, weight)
+    assert len(helpers) == 2
+    residents.close()
+    residents.hurry()
 
 
 def test_making_a_place_present_changes_none_of_its_bytes(monkeypatch):

@@ -155,10 +155,17 @@ class Coordinator:
                     on_leave(weight)
                 self.device.release(weight)
 
-    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
-        """Give all weights' memory back, and take it anew for these residents and a window of that size.
+    def renew_memory(
+        self,
+        leave: Sequence[Weight],
+        on_leave: Callable[[Weight], None],
+        residents: Sequence[Weight],
+        window_bytes: int,
+    ) -> None:
+        """Stream the weights in `leave`, give all weights' memory back, and take it anew: `residents` get a place.
 
-        Raises BudgetError while tensors on the window are in use, by other threads' operators or by callers.
+        Raises BudgetError, and changes nothing, while tensors on the window are in use, by other threads' operators or
+        by callers.
         """
         with self._lock:
             for reader in list(self._readers):
@@ -172,6 +179,7 @@ class Coordinator:
                         "window are in use by other threads or by tensors kept; call again when they are done, or "
                         "raise max_memory['cpu']"
                     )
+            self.change_residents(leave, (), on_leave)
             self.device.renew_memory(residents, window_bytes)
 
     def close(self) -> None:
@@ -299,7 +307,8 @@ class Coordinator:
 
     def _settle(self, weight: Weight, tensor: torch.Tensor, reader: Reader) -> None:
         with self._lock:
-            if weight.resident is None and not self._closed:
+            # Asked again, under the lock: another thread's cache may have needed its memory meanwhile.
+            if weight.wants_residence and weight.resident is None and not self._closed:
                 weight.resident = tensor
                 self._on_resident(weight, tensor)
             reader.held = None

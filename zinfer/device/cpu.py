@@ -106,6 +106,11 @@ class CpuDevice:
         if self.window is not None:
             self.window.close()
 
+    def hurry(self) -> None:
+        """Get the places of residents ready soon: nobody waits for a first token any more."""
+        if self.residents is not None:
+            self.residents.hurry()
+
     def release(self, weight: Weight) -> None:
         """Give the place of `weight`, if it has one, back to the kernel as soon as no tensor is on it."""
         if self.residents is not None and self.residents.has(weight):

@@ -44,23 +44,43 @@ class Residents:
         self._released: set[Weight] = set()
         self._present = set(self._places) if at_once else set()
         self._closing = threading.Event()
+        self._absent = iter(self._places.items())  # what the populating threads have still to do
+        self._populating: list[threading.Thread] = []
         self.pool: Pool | None = None
         self._block: Region | None = None
-        self._populating: threading.Thread | None = None
         if not total:
             return
         self.pool = Pool(total, page_lock="off", numa_node=numa_node, touch_threads=None if at_once else 0)
         self._block = self.pool.acquire(total)
         assert self._block is not None
         if not at_once:
-            self._populating = threading.Thread(
-                target=self._populate, args=(self._block.address,), name="zinfer-touch", daemon=True
-            )
-            self._populating.start()
+            self._start_populating(self._block.address, last_in_line=True)
 
-    def _populate(self, address: int) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST_IN_LINE)  # of this thread alone
-        for weight, place in self._places.items():
+    def hurry(self) -> None:
+        """Make the rest present with a thread that does not stand back: the first token is out."""
+        with self._lock:
+            if (
+                self._block is not None
+                and len(self._populating) == 1
+                and len(self._present) < len(self._places)
+            ):
+                self._start_populating(self._block.address, last_in_line=False)
+
+    def _start_populating(self, address: int, *, last_in_line: bool) -> None:
+        thread = threading.Thread(
+            target=self._populate, args=(address, last_in_line), name="zinfer-touch", daemon=True
+        )
+        thread.start()
+        self._populating.append(thread)
+
+    def _populate(self, address: int, last_in_line: bool) -> None:
+        if last_in_line:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST_IN_LINE)  # of this thread alone
+        while not self._closing.is_set():
+            with self._lock:
+                weight, place = next(self._absent, (None, 0))
+            if weight is None:
+                return
             end = place + weight.layout.nbytes
             for at in range(place, end, STEP_BYTES):
                 if self._closing.is_set():
@@ -101,11 +121,11 @@ class Residents:
 
     def close(self) -> None:
         """Give all memory back as soon as the last tensor on it dies. Idempotent."""
-        self._closing.set()
-        if self._populating is not None:
-            self._populating.join()
         with self._lock:
+            self._closing.set()
             self._block = None
+        for thread in self._populating:  # they know the addresses
+            thread.join()
         if self.pool is not None:
             self.pool.close()
 
