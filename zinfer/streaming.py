@@ -182,7 +182,8 @@ def stream(
     told what happens.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
-    budget = _budget(ceiling)
+    free = default_budget()  # asked once, before anything is allocated
+    budget = _budget(ceiling, free)
     held = gather(model)
     parts = Parts(held, budget, allocated)
     small, large, weights = parts.small, parts.large, parts.weights
@@ -203,7 +204,7 @@ def stream(
         parameters = [StreamedParameter(weight, coordinator) for weight in weights]
         account = Account(
             ceiling=budget,
-            free=default_budget(),
+            free=free,
             residents=placement.resident_bytes,
             window=placement.window_bytes,
             conversions=placement.transient_bytes,
@@ -232,8 +233,7 @@ def less_headroom(free: int) -> int:
     return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
 
 
-def _budget(ceiling: int | None) -> int:
-    spare = default_budget()
+def _budget(ceiling: int | None, spare: int) -> int:
     if ceiling is None:
         return spare
     if ceiling > total_memory():

@@ -69,7 +69,7 @@ def test_places_become_present_by_themselves_and_in_order():
     residents.close()
 
 
-def test_in_a_hurry_a_second_thread_helps_and_all_places_become_present(monkeypatch):
+def test_in_a_hurry_more_threads_help_and_all_places_become_present(monkeypatch):
     helpers = set()
 
     def slow(address: int, nbytes: int) -> bool:
@@ -84,7 +84,7 @@ def test_in_a_hurry_a_second_thread_helps_and_all_places_become_present(monkeypa
     residents.hurry()
     for weight in mine:
         until_present(residents, weight)
-    assert len(helpers) == 2
+    assert len(helpers) > 1
     residents.close()
     residents.hurry()
 

@@ -15,6 +15,7 @@ from zinfer.pinned.pages import give_back, populate
 from zinfer.weights.weight import Weight
 
 STEP_BYTES = 2 << 20  # made present at a time; other threads that map memory wait for it
+MOST_THREADS = 4
 LAST_IN_LINE = 19  # niceness: operators go first
 
 
