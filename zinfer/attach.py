@@ -48,7 +48,7 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     model.__class__ = types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(extra))
     model.zinfer = runtime  # type: ignore[assignment]
     model.register_forward_pre_hook(runtime.begin_sweep, with_kwargs=True)
-    model.register_forward_hook(runtime.end_sweep)
+    model.register_forward_hook(runtime.end_sweep, with_kwargs=True)
     return model
 
 

@@ -1,8 +1,8 @@
-"""What a forward pass takes besides weights: its key-value cache, exactly, and its activations, roughly."""
+"""What a forward pass takes besides weights: its key-value cache, as far as it can be foreseen, and its activations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,82 +15,161 @@ _HOLDERS = tuple(
     for name in ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
     if hasattr(cache_utils, name)
 )
+CACHE_NAMES = ("past_key_values", "cache_params")  # what models call theirs, as argument and in their output
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of a model: `rows` sequences, `tokens` new positions in each, logits for the last `logits` of them."""
+    """One call of a model: `rows` sequences, `tokens` new positions in each, logits for the last `logits` of them.
+
+    `source`: positions that an encoder made, or will make, of each; 0 where there is none.
+    """
 
     rows: int
     tokens: int
     logits: int
+    source: int = 0
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Pass | None:
         """From the arguments of forward(); None where no tensor says how long the sequences are."""
-        named = (kwargs.get(name) for name in ("input_ids", "decoder_input_ids", "inputs_embeds"))
-        shapes = [
-            value.shape for value in (*named, *args) if isinstance(value, torch.Tensor) and value.dim() > 1
-        ]
-        if not shapes:
+        decoded = _shape(kwargs.get("decoder_input_ids"), kwargs.get("decoder_inputs_embeds"))
+        given = _shape(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        encoded = kwargs.get("encoder_outputs")
+        if isinstance(encoded, (tuple, Mapping)):
+            encoded = next(iter(encoded.values() if isinstance(encoded, Mapping) else encoded), None)
+        source = _shape(encoded) or (given if decoded else None)
+        shape = decoded or given
+        if shape is None:
             return None
-        rows, tokens = max((shape[0], shape[1]) for shape in shapes)
+        rows, tokens = shape
         kept = kwargs.get("logits_to_keep", 0)
         kept = kept if isinstance(kept, int) and 0 < kept < tokens else tokens
-        return cls(rows, tokens, kept)
+        return cls(rows, tokens, kept, source[1] if source else 0)
+
+
+def _shape(*candidates: Any) -> tuple[int, int] | None:
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def caches_of(arguments: Mapping[str, Any]) -> list[Any]:
+    """The caches among a call's keyword arguments, or in its output."""
+    found = (arguments.get(name) for name in CACHE_NAMES)
+    return [cache for cache in found if cache is not None]
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a transformers Cache, or in a legacy tuple of them; 0 for anything else."""
+    """Bytes of memory that a transformers Cache (or a legacy tuple of tensors) holds; 0 for anything else.
+
+    A sliding window may be a view of more: what counts is what is allocated, each storage once.
+    """
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(cache)
+    }
+    return sum(storages.values())
+
+
+def _tensors(cache: Any) -> Iterator[torch.Tensor]:
     if isinstance(cache, torch.Tensor):
-        return cache.nbytes
-    if isinstance(cache, (list, tuple)):
-        return sum(map(cache_bytes, cache))
-    if isinstance(cache, dict):
-        return sum(map(cache_bytes, cache.values()))
-    return sum(map(cache_bytes, vars(cache).values())) if isinstance(cache, _HOLDERS) else 0
+        yield cache
+    elif isinstance(cache, (list, tuple)):
+        for value in cache:
+            yield from _tensors(value)
+    elif isinstance(cache, dict):
+        yield from _tensors(list(cache.values()))
+    elif isinstance(cache, _HOLDERS):
+        yield from _tensors(list(vars(cache).values()))
 
 
 def cache_length(cache: Any) -> int:
-    """Positions that a transformers Cache holds; 0 for anything else."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    """Positions that a transformers Cache holds; 0 for anything else, and for a purely recurrent state."""
+    layers = list(_layers(cache))
+    return max((layer.keys.shape[-2] for layer in layers if _grows(layer)), default=0)
 
 
-def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> int:
-    """Bytes that `coming` adds to `cache` at most.
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that a pass adds to a cache. `sure`: it is no more than that, so that a refusal would be right."""
 
-    Once there is something in it, it grows in proportion; a static one does not. Before, the shape comes from the
-    config: layers x 2 x heads for keys and values x head size, sliding windows no longer than they are.
+    nbytes: int
+    sure: bool
+
+
+def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> Growth:
+    """What `coming` adds to `cache` at most.
+
+    Layers that hold something grow in proportion to their positions; static ones and recurrent states do not. Before,
+    the shape comes from the config: layers x 2 x heads for keys and values x head size. A sliding window counts in
+    full: its first pass holds all positions.
     """
-    now = cache_bytes(cache)
-    layers = getattr(cache, "layers", None) or ()
+    layers = list(_layers(cache))
+    grown = sum(_bytes_a_position(layer) * coming.tokens for layer in layers if _grows(layer))
+    if grown or (layers and cache_bytes(cache) and any(_made(layer) for layer in layers)):
+        return Growth(grown, sure=True)
     reserved = [
         layer.max_cache_len for layer in layers if isinstance(getattr(layer, "max_cache_len", None), int)
     ]
-    if reserved and len(reserved) == len(layers):
-        made = any(getattr(layer, "keys", None) is not None for layer in layers)
-        return 0 if made else coming.rows * _bytes_a_row(config, itemsize, max(reserved))
-    length = cache_length(cache) if now else 0
-    if length:
-        return now * coming.tokens // length
-    return coming.rows * _bytes_a_row(config, itemsize, coming.tokens)
+    width, sure = _bytes_of_position(config, itemsize)
+    positions = max([coming.tokens, *reserved]) + coming.source  # an encoder's are kept for cross-attention
+    return Growth(coming.rows * width * positions, sure)
 
 
-def _bytes_a_row(config: Any, itemsize: int, tokens: int) -> int:
+def _layers(cache: Any) -> Iterator[Any]:
+    """Of a cache, or of the part of an encoder-decoder's that grows."""
+    own = getattr(cache, "self_attention_cache", cache)
+    yield from getattr(own, "layers", None) or ()
+
+
+def _made(layer: Any) -> bool:
+    return isinstance(getattr(layer, "keys", None), torch.Tensor)
+
+
+def _grows(layer: Any) -> bool:
+    return _made(layer) and layer.keys.dim() == 4 and layer.keys.shape[-2] > 0 and not _static(layer)
+
+
+def _static(layer: Any) -> bool:
+    return isinstance(getattr(layer, "max_cache_len", None), int) and "Static" in type(layer).__name__
+
+
+def _bytes_a_position(layer: Any) -> int:
+    return (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
+
+
+def _bytes_of_position(config: Any, itemsize: int) -> tuple[int, bool]:
+    """Bytes of cache for one position of one sequence by the config, and whether that is all there is to it."""
     text = _text_config(config)
-    heads = getattr(text, "num_attention_heads", None)
-    hidden, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
-    if not (isinstance(heads, int) and isinstance(hidden, int) and isinstance(layers, int)) or heads < 1:
-        return 0  # unknown: what the first pass makes is counted after it
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if getattr(text, "kv_lora_rank", None):  # latent attention caches what its heads have in common
-        width = text.kv_lora_rank + text.qk_rope_head_dim
+    heads, hidden = (_number(text, name) for name in ("num_attention_heads", "hidden_size"))
+    layers = _number(text, "num_hidden_layers")
+    if not (heads and hidden and layers):
+        return 0, False  # what the first pass makes is counted after it
+    if rank := _number(text, "kv_lora_rank"):  # latent attention caches what its heads have in common
+        width = rank + _number(text, "qk_rope_head_dim")
     else:
-        width = 2 * kv_heads * (getattr(text, "head_dim", None) or hidden // heads)
+        width = 2 * _key_value_heads(text, heads) * (_number(text, "head_dim") or hidden // heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    window = getattr(text, "sliding_window", None) or tokens
-    positions = {"sliding_attention": min(tokens, window), "linear_attention": 0}
-    return itemsize * width * sum(positions.get(kind, tokens) for kind in kinds)
+    attending = sum(kind not in ("linear_attention", "mamba", "conv", "moe", "mlp") for kind in kinds)
+    plain = all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    sure = (
+        plain
+        and not _number(text, "num_kv_shared_layers")
+        and not getattr(config, "is_encoder_decoder", False)
+    )
+    return itemsize * width * attending, sure
+
+
+def _key_value_heads(text: Any, heads: int) -> int:
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    return _number(text, "num_key_value_heads") or _number(text, "num_kv_heads") or heads
+
+
+def _number(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def activation_bytes(config: Any, itemsize: int, coming: Pass) -> int:
@@ -101,8 +180,9 @@ def activation_bytes(config: Any, itemsize: int, coming: Pass) -> int:
     what the allocator keeps.
     """
     text = _text_config(config)
-    sizes = [getattr(text, name, None) or 0 for name in ("hidden_size", "intermediate_size", "vocab_size")]
-    hidden, intermediate, vocabulary = (size if isinstance(size, int) else 0 for size in sizes)
+    hidden, intermediate, vocabulary = (
+        _number(text, name) for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
     elements = coming.tokens * (4 * hidden + 3 * intermediate) + coming.logits * vocabulary
     return coming.rows * itemsize * elements * 3 // 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from zinfer.dry_run import DryRunError, dry_run
-from zinfer.errors import BudgetError, OptionError, ZinferError
+from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.outline import Outline, outline_of
 from zinfer.planner.assumed import Matrix, assumed_work
@@ -23,8 +22,6 @@ from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 from zinfer.streaming import Held, Parts, check_offload, gather, least_budget, less_headroom
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
-
-logger = logging.getLogger("zinfer")
 
 DEVICE_HEADROOM = (
     1 << 30
@@ -88,21 +85,16 @@ def predicted_sweep(
 ) -> float | None:
     """Seconds of a decoding step with `length` positions so far, for a run that is under way; None if unknown.
 
-    Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here.
+    Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here. Raises what plan() does.
     """
-    shards = list(expected_shards(folder))
-    machine = measured_machine(shards[0]) if shards else None
+    machine = measured_machine(next(iter(expected_shards(folder))))
     if machine is None:
         return None
     budget = {"cpu": min(ceiling, machine.host_memory)}
-    shape: dict[str, Any] = {"batch": batch, "prompt": length, "new_tokens": 1}
-    try:
-        found = plan(
-            folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
-        )
-    except ZinferError as error:
-        logger.debug("no prediction: %s", error)
-        return None
+    shape: dict[str, Any] = {"batch": batch, "prompt": 1, "new_tokens": length}  # no prefill of that length
+    found = plan(
+        folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
+    )
     return found.seconds_a_token
 
 

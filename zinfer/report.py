@@ -32,7 +32,8 @@ class Report:
     operators' threads were blocked, on the drive or for room in the window, summed over threads; `waits_by_weight`
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
-    None where the kernel does not count them. `drives` says how each block device is read.
+    None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `drives` says how
+    each block device is read.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Report:
     small_bytes: int
     bounce_bytes: int
     conversion_bytes: int
+    cache_bytes: int
     pool_bytes: int
     huge_page_bytes: int | None
     bytes_read: int
@@ -91,7 +93,8 @@ class Report:
                 f"{_size(self.budget)}: residents {_size(self.planned_resident_bytes)}, window "
                 f"{_size(self.window_bytes)}, small tensors {_size(self.small_bytes)}, buffers "
                 f"{_size(self.bounce_bytes)}"
-                + (f", conversions {_size(self.conversion_bytes)}" if self.conversion_bytes else ""),
+                + (f", conversions {_size(self.conversion_bytes)}" if self.conversion_bytes else "")
+                + (f", key-value caches {_size(self.cache_bytes)}" if self.cache_bytes else ""),
             ),
             ("pool", self._pool()),
             ("resident", f"{_size(self.resident_bytes)} of the model are in memory now"),
@@ -143,7 +146,7 @@ class Report:
 
     def _rate(self) -> str:
         if self.drive_rate is None:
-            return "nothing was read"
+            return "known after the second sweep" if self.bytes_read else "nothing was read"
         own = f"the drive's own {self.drive_rate / 1e9:.2f} GB/s ({SOURCES[self.drive_rate_source]})"
         if self.read_rate is None:
             return own

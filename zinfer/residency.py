@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,33 +13,49 @@ from typing import Any
 from torch import nn
 
 from zinfer.errors import BudgetError
-from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth
-from zinfer.planner.placement import Placement, grown, place, smallest, thinned
+from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth, caches_of
+from zinfer.planner.placement import grown, place, smallest, thinned
 from zinfer.streaming import Streaming
 
 logger = logging.getLogger("zinfer")
 
 SPARE_BYTES = 64 << 20  # left when residents come back, so that they need not leave at the next token
 SPARE_SHARE = 32  # ... or this part of the ceiling, if that is less
+PATIENCE = 5.0  # seconds to wait for a moment in which no operator runs with a weight of the window
+BETWEEN = 0.001  # seconds between two looks
 
 
 class Residency:
     """Turns residents back to streaming where a forward pass needs their memory, and lets them return afterwards.
 
-    Two limits hold. The ceiling (max_memory) is for weights and key-value caches; what the machine had free at the
-    start is for those and for activations too, which are estimated, not refused. Usually some residents leave or
-    return; where that is not enough, window and residents are planned anew. Any thread may call any method.
+    Two limits hold as far as a pass can be foreseen. The ceiling (max_memory) is for weights and key-value caches;
+    what the machine had free at the start is for those and for activations too, which are estimated, not refused.
+    Usually some residents leave or return. Where that is not enough, memory is divided anew, once: with a window
+    that can stream what has to leave, and with places for all that can return later.
+
+    Any thread may call any method. One lock guards it; a thread that holds it takes the coordinator's, never the
+    other way round.
     """
 
     def __init__(self, model: nn.Module, streaming: Streaming) -> None:
         self._config = getattr(model, "config", None)
-        self._generates = bool(hasattr(model, "can_generate") and model.can_generate())  # type: ignore[operator]
+        # Whether passes make caches: what generates does, another model may; the first pass tells.
+        self._caching: bool | None = None
+        if hasattr(model, "can_generate") and model.can_generate():  # type: ignore[operator]
+            self._caching = True
+        dtype = getattr(model, "dtype", None)
+        widest = max((weight.dtype.itemsize for weight in streaming.weights), default=4)
+        self._itemsize = getattr(dtype, "itemsize", widest)
         self._streaming = streaming
-        self._first = self._placement = streaming.placement
-        self._residents = self._first.residents
-        self._itemsize = max((weight.dtype.itemsize for weight in streaming.weights), default=4)
+        self._placement = streaming.placement  # its residents are all that have a place
+        self._divided = True  # False while memory is divided anew: an interrupt may leave it at any point
         self._lock = threading.RLock()
         self._caches: dict[int, tuple[weakref.ref[Any], int]] = {}  # bytes of each cache that is alive
+        # Growth of caches and activations of each thread's pass. One that an error ended counts until that thread's
+        # next, or until the thread has ended.
+        self._coming: weakref.WeakKeyDictionary[threading.Thread, tuple[int, int]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._warned = False
 
     @property
@@ -46,11 +63,6 @@ class Residency:
         """Bytes of the key-value caches that are alive, as of their last pass."""
         with self._lock:
             return sum(count for alive, count in self._caches.values() if alive() is not None)
-
-    @property
-    def planned_bytes(self) -> int:
-        """Bytes of the weights that are to be resident now."""
-        return sum(self._streaming.footprints[index].resident for index in self._residents)
 
     def before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Make room for a pass with these arguments.
@@ -61,107 +73,175 @@ class Residency:
         coming = Pass.of(kwargs, args)
         if coming is None or self._config is None or not self._streaming.weights:
             return
-        cache = kwargs.get("past_key_values")
-        growth = cache_growth(cache, self._config, self._itemsize, coming) if self._caching(kwargs) else 0
+        caches = caches_of(kwargs)
+        growth, sure = 0, True
+        if self._makes_cache(kwargs):
+            foreseen = cache_growth(caches[0] if caches else None, self._config, self._itemsize, coming)
+            growth, sure = foreseen.nbytes, foreseen.sure and self._caching is True
         activations = activation_bytes(self._config, self._itemsize, coming)
+        me = threading.current_thread()
         with self._lock:
-            self._note(cache)
-            self._make_room(self.cache_bytes + growth, activations, coming)
+            self._count(caches, again=False)
+            self._coming[me] = (growth, activations)
+            try:
+                self._make_room(coming, sure)
+            except BaseException:
+                del self._coming[me]
+                raise
 
-    def _caching(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a pass with these arguments makes or extends a cache."""
-        asked = kwargs.get("use_cache")
-        return self._generates and bool(getattr(self._config, "use_cache", True) if asked is None else asked)
-
-    def after(self, output: Any) -> None:
+    def after(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """Count the cache that a pass returned."""
+        returned = caches_of(output) if isinstance(output, Mapping) else []
         with self._lock:
-            self._note(getattr(output, "past_key_values", None))
+            self._coming.pop(threading.current_thread(), None)
+            self._count([*caches_of(kwargs), *returned], again=True)
+            if isinstance(output, Mapping) and self._makes_cache(kwargs):
+                self._caching = bool(returned)
 
-    def _note(self, cache: Any) -> None:
+    def _makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        asked = kwargs.get("use_cache")
+        wanted = getattr(self._config, "use_cache", True) if asked is None else asked
+        return bool(wanted) and self._caching is not False
+
+    def _count(self, caches: list[Any], *, again: bool) -> None:
+        """Note the bytes of `caches`; of one that is known, only if `again`."""
         for key in [key for key, (alive, _) in self._caches.items() if alive() is None]:
             del self._caches[key]
-        if cache is not None and not isinstance(cache, (tuple, list, dict)):
-            self._caches[id(cache)] = weakref.ref(cache), cache_bytes(cache)
+        for cache in caches:
+            known = self._caches.get(id(cache))
+            if (again or known is None) and not isinstance(cache, (tuple, list, dict)):
+                self._caches[id(cache)] = weakref.ref(cache), cache_bytes(cache)
 
-    def _make_room(self, caches: int, activations: int, coming: Pass) -> None:
-        account = self._streaming.account
+    @property
+    def _residents(self) -> frozenset[int]:
+        """The weights that are to be resident now; kept by the weights themselves, so that it cannot be half true."""
+        return frozenset(i for i, weight in enumerate(self._streaming.weights) if weight.wants_residence)
+
+    def _bytes(self, indices: frozenset[int]) -> int:
+        return sum(self._streaming.footprints[index].resident for index in indices)
+
+    def _make_room(self, coming: Pass, sure: bool) -> None:
+        account, footprints = self._streaming.account, self._streaming.footprints
+        caches = self.cache_bytes + sum(growth for growth, _ in self._coming.values())
         other = account.small + account.bounce + caches
-        within_ceiling, within_machine = account.ceiling - other, account.free - other - activations
-        fixed = self._placement.window_bytes + self._placement.transient_bytes
-        within = min(within_ceiling, within_machine)
-        stay = self._thinned(within - fixed)
-        if stay is None and within < smallest(self._streaming.footprints) <= within_ceiling:
-            self._warn(coming, account.free - within_machine)
-            within = smallest(self._streaming.footprints)
-            stay = self._thinned(within - fixed)
-        if stay is None:
-            self._plan_anew(within, caches, coming)
+        ceiling = account.ceiling - other
+        machine = account.free - other - sum(activations for _, activations in self._coming.values())
+        within = min(ceiling, machine)
+        if self._divided and self._fits(within):
             return
-        spare = min(SPARE_BYTES, account.ceiling // SPARE_SHARE)
-        if stay == self._residents and within - fixed - self.planned_bytes >= 2 * spare:
-            stay = self._returning(within - fixed, spare)
-        if stay != self._residents:
-            self._keep(stay)
+        least = smallest(footprints)
+        if within < least:
+            if ceiling < least and sure:
+                self._refuse(ceiling, least, caches, coming)
+            self._warn(coming, account.free - machine)
+            within = least
+        fixed = self._placement.window_bytes + self._placement.transient_bytes
+        residents = self._residents
+        stay = thinned(footprints, residents, self._placement.window_bytes, within - fixed)
+        if stay is None or not self._divided:
+            self._divide(within)
+        elif stay != residents:
+            self._keep(residents, stay)
+        else:
+            spare = min(SPARE_BYTES, account.ceiling // SPARE_SHARE)
+            self._keep(residents, self._returning(residents, within - fixed, spare))
 
-    def _thinned(self, limit: int) -> frozenset[int] | None:
-        return thinned(self._streaming.footprints, self._residents, self._placement.window_bytes, limit)
+    def _fits(self, within: int) -> bool:
+        """Whether all is well as it is: residents fit, and none could return."""
+        fixed = self._placement.window_bytes + self._placement.transient_bytes
+        residents = self._residents
+        room = within - fixed - self._bytes(residents)
+        if room < 0:
+            return False
+        if residents == self._placement.residents:
+            return True
+        return room < 2 * min(SPARE_BYTES, self._streaming.account.ceiling // SPARE_SHARE)
 
-    def _returning(self, room: int, spare: int) -> frozenset[int]:
-        """The residents when those that left come back, as far as `room` bytes allow."""
-        footprints = self._streaming.footprints
-        if self._placement is not self._first:
-            if room + self._placement.window_bytes >= self._first.resident_bytes + self._first.window_bytes:
-                self._divide(self._first)
-            return self._residents
-        wanted = self._first.residents
-        whole = sum(footprints[index].resident for index in wanted)
-        return wanted if whole <= room else grown(footprints, self._residents, wanted, room - spare)
+    def _returning(self, residents: frozenset[int], room: int, spare: int) -> frozenset[int]:
+        """The residents when those that left come back, as far as `room` bytes for all of them allow."""
+        everyone = self._placement.residents
+        if self._bytes(everyone) <= room:
+            return everyone
+        return grown(self._streaming.footprints, residents, everyone, room - spare)
 
-    def _keep(self, stay: frozenset[int]) -> None:
-        leave, join = self._residents - stay, stay - self._residents
+    def _keep(self, residents: frozenset[int], stay: frozenset[int]) -> None:
+        leave, join = residents - stay, stay - residents
+        if not leave and not join:
+            return
         logger.debug("residents: %d leave, %d return", len(leave), len(join))
         weights = self._streaming.weights
         self._streaming.coordinator.change_residents(
             [weights[index] for index in leave], [weights[index] for index in join], self._streaming.unsettle
         )
-        self._residents = stay
-        self._streaming.account = replace(self._streaming.account, residents=self.planned_bytes)
+        self._streaming.account = replace(self._streaming.account, residents=self._bytes(stay))
 
-    def _plan_anew(self, available: int, caches: int, coming: Pass) -> None:
-        footprints, account = self._streaming.footprints, self._streaming.account
-        needed = smallest(footprints)
-        if needed > available:
-            fit = coming.rows * max(0, available + caches - needed) // max(caches, 1)
-            what = (
-                f"at most {fit} of its {coming.rows} sequences fit" if fit else "not even one sequence fits"
-            )
-            raise BudgetError(
-                f"this pass needs {caches} bytes of key-value cache, but the budget of {account.ceiling} bytes leaves "
-                f"{max(0, available + caches - needed)} with as few weights in memory as possible: {what}; raise "
-                f"max_memory['cpu'] to {account.ceiling + needed - available}, or make batch or context smaller",
-                account.ceiling + needed - available,
-            )
-        self._divide(place(footprints, available))
-
-    def _divide(self, placement: Placement) -> None:
-        """Give all memory back and divide it as `placement` says; every resident is read again at its next use."""
-        logger.debug(
-            "memory divided anew: window %d, residents %d", placement.window_bytes, placement.resident_bytes
+    def _refuse(self, ceiling: int, least: int, caches: int, coming: Pass) -> None:
+        account = self._streaming.account
+        room = max(0, ceiling + caches - least)
+        fit = coming.rows * room // max(caches, 1)
+        what = f"at most {fit} of its {coming.rows} sequences fit" if fit else "not even one sequence fits"
+        raise BudgetError(
+            f"this pass needs {caches} bytes of key-value cache, but the budget of {account.ceiling} bytes leaves "
+            f"{room} with as few weights in memory as possible: {what}; raise max_memory['cpu'] to "
+            f"{account.ceiling + least - ceiling}, or make batch or context smaller",
+            account.ceiling + least - ceiling,
         )
-        weights, coordinator = self._streaming.weights, self._streaming.coordinator
+
+    def _divide(self, within: int) -> None:
+        """Give all memory back and divide it anew, with `within` bytes for weights now and more when caches are gone.
+
+        Every resident is read again at its next use.
+        """
+        streaming, footprints = self._streaming, self._streaming.footprints
+        now, account = place(footprints, within), streaming.account
+        fixed = now.window_bytes + now.transient_bytes
+        calm = account.ceiling - account.small - account.bounce - fixed
+        everyone = frozenset(i for i, footprint in enumerate(footprints) if not footprint.rows_only)
+        placement = replace(
+            now, residents=grown(footprints, now.residents, everyone, max(calm, now.resident_bytes))
+        )
+        logger.debug("memory divided anew: window %d, residents %d", now.window_bytes, now.resident_bytes)
+        weights = streaming.weights
+        places = [
+            weights[index] for index in sorted(placement.residents) if weights[index].placed is not None
+        ]
+        join = [weights[index] for index in sorted(now.residents)]
         leave = [weights[index] for index in self._residents]
-        join = [weights[index] for index in sorted(placement.residents)]
-        kept = [weight for weight in join if weight.placed is not None]
-        coordinator.renew_memory(leave, self._streaming.unsettle, kept, placement.window_bytes)
-        coordinator.change_residents((), join, self._streaming.unsettle)
-        self._placement, self._residents = placement, placement.residents
-        self._streaming.account = replace(
-            self._streaming.account,
-            residents=placement.resident_bytes,
-            window=placement.window_bytes,
-            conversions=placement.transient_bytes,
+        deadline = time.monotonic() + PATIENCE
+        self._divided = False
+        while not streaming.coordinator.renew_memory(
+            leave, join, places, now.window_bytes, streaming.unsettle
+        ):
+            if time.monotonic() > deadline:
+                self._divided = True
+                self._cannot_divide()
+                return
+            time.sleep(BETWEEN)
+        self._placement, self._divided = (
+            replace(placement, resident_bytes=self._bytes(placement.residents)),
+            True,
         )
+        streaming.account = replace(
+            account, residents=now.resident_bytes, window=now.window_bytes, conversions=now.transient_bytes
+        )
+
+    def _cannot_divide(self) -> None:
+        """Memory stays as it is, for tensors of the window are kept: an error where caches would break the ceiling."""
+        account, held = self._streaming.account, self.cache_bytes
+        growth = sum(growth for growth, _ in self._coming.values())
+        used = (
+            account.small
+            + account.bounce
+            + account.window
+            + account.conversions
+            + self._bytes(self._residents)
+        )
+        if used + held + growth > account.ceiling:
+            raise BudgetError(
+                f"a key-value cache of {held + growth} bytes needs another division of memory, but tensors of the "
+                "window are in use by other threads or kept by the caller; call again when they are done, or raise "
+                "max_memory['cpu']"
+            )
 
     def _warn(self, coming: Pass, needed: int) -> None:
         if not self._warned:

@@ -63,6 +63,7 @@ REFUSED = {
     "from_tf": "only safetensors and .bin checkpoints are supported",
     "from_flax": "only safetensors and .bin checkpoints are supported",
 }
+HUB_KEYWORDS = {"revision", "token", "cache_dir", "local_files_only", "force_download", "trust_remote_code"}
 MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "use_kernels")
 
 
@@ -92,8 +93,8 @@ def run(
             each read draws on all of them; the small files are in the first.
         device: where to compute; this version computes on "cpu" (None means that too).
         dtype: "auto" (the checkpoint's), a torch dtype or its name; casts on the fly where it differs.
-        max_memory: {"cpu": "8GiB"}: ceiling on all that zinfer allocates, sizes in bytes or as text.
-            Default: what the machine and its cgroup have free, less headroom for activations.
+        max_memory: {"cpu": "8GiB"}: ceiling on weights, buffers and key-value caches, sizes in bytes or as text.
+            Default: what the machine and its cgroup have free, less headroom for the libraries.
         progress: show bars for copies and loads; None: when stderr is a terminal.
         timeline: record every read, wait and operator (a few microseconds each, at most about 20 MB), for
             model.zinfer.timeline("out.json").
@@ -141,6 +142,7 @@ def _run_checkpoint(
     given_config = options.pop("config", None)
     folder = local_folder(name, options, subfolder, variant)
     model_options = {key: options.pop(key) for key in MODEL_KEYWORDS if key in options}
+    as_saved = given_config is None and variant is None and set(options) <= HUB_KEYWORDS
     config, unused = (given_config, options) if given_config is not None else load_config(folder, options)
     check_config(config, folder)
     unused.pop("trust_remote_code", None)
@@ -152,7 +154,7 @@ def _run_checkpoint(
     model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
     streaming = stream(model, offload=offload, ceiling=ceiling, progress=show, recorder=recorder)
     predict = None
-    if given_config is None and variant is None and not unused:
+    if as_saved:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
         budget = streaming.account.ceiling
         predict = partial(predicted_sweep, where, budget, offload, _dtype(dtype), plan_options)

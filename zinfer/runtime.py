@@ -49,7 +49,7 @@ class Runtime:
         self._bytes_written = bytes_written
         self._recorder = recorder
         self._predict = predict
-        self._predicted: dict[tuple[int, int], float | None] = {}
+        self._predicted: float | None = None
         self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
         self._log = SweepLog()
 
@@ -79,6 +79,7 @@ class Runtime:
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
+            cache_bytes=0 if self._residency is None else self._residency.cache_bytes,
             pool_bytes=sum(pool.capacity for pool in pools),
             huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
@@ -90,7 +91,7 @@ class Runtime:
             sweep_seconds=steady.sweep_seconds,
             sweep_bytes=steady.sweep_bytes,
             read_rate=steady.rate,
-            predicted_seconds=self._predicted_seconds(),
+            predicted_seconds=self._predicted,
             drive_rate=drive_rate,
             drive_rate_source=drive_rate_source,
             steady_seconds=steady.wall_seconds,
@@ -145,6 +146,19 @@ class Runtime:
             raise OptionError("nothing was recorded yet: call the model first, then timeline()")
         chrome.write(found, path)
 
+    def predict(self) -> float | None:
+        """Seconds that a sweep like the last should take by `zinfer.plan`, to stand in the report beside the measured.
+
+        None where that is not known: no pass yet, more than one drive, a live module, a changed config, or a machine
+        that was never measured (`zinfer plan MODEL` does that). Takes a second or two, for the model is built once
+        more, without weights; transformers changes torch's default dtype meanwhile, so call it while no other thread
+        computes. Raises what zinfer.plan raises.
+        """
+        drives = self._streaming.coordinator.device.drives
+        if self._predict is not None and self._shape is not None and len(drives.settings) == 1:
+            self._predicted = self._predict(*self._shape)
+        return self._predicted
+
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
         self._streaming.coordinator.close()
@@ -179,26 +193,14 @@ class Runtime:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
 
-    def end_sweep(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A hook for after the model's forward."""
         if self._recorder is not None:
             self._recorder.end_sweep()
         self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
         if self._residency is not None:
-            self._residency.after(output)
+            self._residency.after(kwargs, output)
         self._streaming.coordinator.device.hurry()
-
-    def _predicted_seconds(self) -> float | None:
-        if self._predict is None or self._shape is None:
-            return None
-        rows, length = self._shape
-        near = (
-            rows,
-            1 << (length - 1).bit_length(),
-        )  # a prediction takes a second, and hardly depends on the length
-        if near not in self._predicted:
-            self._predicted[near] = self._predict(*near)
-        return self._predicted[near]
 
     def _mark(self) -> Mark:
         device = self._streaming.coordinator.device

@@ -44,7 +44,8 @@ class FakeFetch:
 
     def __init__(self, weight: Any, error: Exception | None = None, held_back: bool = False) -> None:
         self.weight = weight
-        self.in_place = False
+        self.in_place = self.settles = False
+        self.generation = 0
         self._error = error
         self._ready = threading.Event()
         self._tensor: torch.Tensor | None = None
@@ -95,6 +96,7 @@ class FakeDevice:
         self.hold_back: set[str] = set()
         self.closed = False
         self.tally = Tally()
+        self.generation = 0
         self.absent: set[str] = set()  # residents whose place is not present yet
         self.on_start: Callable[[str], None] = lambda name: None
         self._lives: list[weakref.ref[FakeFetch]] = []
@@ -111,6 +113,7 @@ class FakeDevice:
         error = DriveError("EIO", weight.name, 0, 1, 5, "fake") if weight.name in self.fail else None
         fetch = FakeFetch(weight, error, weight.name in self.hold_back)
         fetch.in_place = kept
+        fetch.settles = weight.wants_residence and (kept or weight.placed is None)
         weight.fetch = weakref.ref(fetch)
         self._lives.append(weight.fetch)
         if self.window is not None and not kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 
 import pytest
@@ -11,8 +12,8 @@ import transformers
 
 from tests import architectures
 from tests.streaming.running import check_device, smallest
-from zinfer import BudgetError, run
-from zinfer.kv_cache import Pass, cache_bytes, cache_growth
+from zinfer import BudgetError, run, streaming
+from zinfer.kv_cache import Pass, cache_bytes, cache_growth, caches_of
 from zinfer.streaming import StreamedParameter
 
 IDS = torch.arange(7).reshape(1, 7)
@@ -76,12 +77,12 @@ def test_residents_return_when_the_caches_are_gone(wide):
     decode(model, IDS, 2)
     before = wanted(model)
     _, cache = decode(model, IDS.repeat(8, 1), 12)
-    few = model.zinfer._residency.planned_bytes
+    few = model.zinfer._streaming.account.residents
     assert wanted(model) != before
     del cache
     gc.collect()
     decode(model, IDS, 3)
-    assert few < model.zinfer._residency.planned_bytes
+    assert few < model.zinfer._streaming.account.residents
     assert wanted(model) <= before
     assert resident_weights(model) == wanted(model)
 
@@ -112,23 +113,130 @@ def test_the_budget_that_the_refusal_names_works(saved):
         decode(model, rows, 1)
 
 
-def test_where_everything_was_resident_memory_is_divided_anew_for_a_large_cache(saved):
+@pytest.fixture
+def whole(saved):
+    """A model of which everything fits, with hardly a byte to spare, and its twin in memory."""
     folder = saved("llama")
     reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
     with pytest.raises(BudgetError) as caught:
         run(folder, offload="cpu", max_memory={"cpu": 150_000})
     with run(folder, offload="auto", max_memory={"cpu": caught.value.smallest + 20_000}) as model:
         assert not model.zinfer._streaming.account.window
-        decode(model, IDS, 2)
-        rows = IDS.repeat(4, 1)
-        tokens, cache = decode(model, rows, 60)
-        assert model.zinfer._streaming.account.window
-        assert account_bytes(model) + cache_bytes(cache) <= model.zinfer._streaming.account.ceiling
-        assert tokens == decode(reference, rows, 60)[0]
-        del cache
+        yield model, reference
+
+
+def test_where_everything_was_resident_memory_is_divided_anew_for_a_large_cache(whole):
+    model, reference = whole
+    decode(model, IDS, 2)
+    rows = IDS.repeat(4, 1)
+    tokens, cache = decode(model, rows, 60)
+    assert model.zinfer._streaming.account.window
+    assert account_bytes(model) + cache_bytes(cache) <= model.zinfer._streaming.account.ceiling
+    assert tokens == decode(reference, rows, 60)[0]
+    few = len(resident_weights(model))
+    del cache
+    gc.collect()
+    decode(model, IDS, 3)
+    assert len(resident_weights(model)) > few  # in the places that were kept for them
+    check_device(model)
+
+
+def test_memory_is_divided_anew_while_another_thread_generates(whole):
+    model, reference = whole
+    expected = decode(reference, IDS, 40)[0]
+    results = []
+
+    def other():
+        try:
+            results.append(decode(model, IDS, 40)[0])
+        except BaseException as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=other) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    rows = IDS.repeat(3, 1)
+    for _ in range(2):
+        assert decode(model, rows, 40)[0] == decode(reference, rows, 40)[0]
         gc.collect()
+    for thread in threads:
+        thread.join()
+    assert results == [expected, expected]
+    check_device(model)
+
+
+def test_an_interrupt_while_memory_is_divided_leaves_a_model_that_works(whole, monkeypatch):
+    model, reference = whole
+    decode(model, IDS, 2)
+    device = type(model.zinfer._streaming.coordinator.device)
+    take = device._take_memory
+
+    def interrupted(self, *arguments, **options):
+        take(self, *arguments, **options)
+        raise KeyboardInterrupt
+
+    rows = IDS.repeat(4, 1)
+    monkeypatch.setattr(device, "_take_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, rows, 60)
+    monkeypatch.undo()
+    assert decode(model, rows, 20)[0] == decode(reference, rows, 20)[0]
+    check_device(model)
+
+
+def test_two_threads_growth_is_added_up(wide):
+    model, _ = wide
+    residency = model.zinfer._residency
+    ceiling = model.zinfer._streaming.account.ceiling
+    big = {"input_ids": IDS.repeat(12, 1)}
+    residency.before((), big)
+    alone = account_bytes(model)
+    (growth, _) = next(iter(residency._coming.values()))
+    assert alone + growth <= ceiling < alone + 2 * growth
+    asked, over = threading.Event(), threading.Event()
+
+    def other():
+        residency.before((), big)
+        asked.set()
+        over.wait(30)
+
+    worker = threading.Thread(target=other)
+    worker.start()
+    assert asked.wait(30)
+    assert account_bytes(model) + 2 * growth <= ceiling
+    over.set()
+    worker.join()
+
+
+def test_what_zinfer_takes_itself_does_not_count_twice(saved, monkeypatch):
+    folder = saved("llama")
+    free = [1 << 30]
+    monkeypatch.setattr(streaming, "free_memory", lambda: free.pop() if free else 1)
+    with run(folder, offload="nvme") as model:
         decode(model, IDS, 2)
-        assert not model.zinfer._streaming.account.window
+        assert resident_weights(model) == {w.name for w in model.zinfer._streaming.weights}
+
+
+TIGHT = ["llama", "llama_tied", "qwen3_moe", "gemma3", "gpt_oss", "deepseek_v3", "falcon"]
+TIGHT += ["t5", "bart", "bert", "mamba"]
+
+
+@pytest.mark.parametrize("name", [name for name in TIGHT if name in architectures.ALL])
+def test_architectures_stay_exact_while_caches_count(name, saved):
+    """At the tightest budget but for caches, with whatever they cache."""
+    folder = saved(name)
+    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    with (
+        run(folder, offload="nvme", max_memory={"cpu": smallest(folder) + 150_000}) as model,
+        torch.no_grad(),
+    ):
+        ids = IDS.repeat(2, 1)
+        if not reference.can_generate():
+            assert torch.equal(model(ids)[0], reference(ids)[0])
+            return
+        for settings in ({}, {"num_beams": 3}):
+            settings |= {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+            assert torch.equal(model.generate(ids, **settings), reference.generate(ids, **settings))
         check_device(model)
 
 
@@ -159,36 +267,71 @@ def test_a_pass_is_seen_in_its_arguments():
     assert Pass.of({}, (ids,)) == Pass(3, 9, 9)
     assert Pass.of({"inputs_embeds": torch.zeros(2, 5, 8)}) == Pass(2, 5, 5)
     assert Pass.of({"labels": None}) is None
+    one = ids[:, :1]
+    assert Pass.of({"input_ids": ids, "decoder_input_ids": one}) == Pass(3, 1, 1, source=9)
+    encoded = (torch.zeros(3, 11, 8),)
+    assert Pass.of({"decoder_input_ids": one, "encoder_outputs": encoded}) == Pass(3, 1, 1, source=11)
+
+
+CACHING = [name for name in architectures.ALL if architectures.build(name).can_generate()]
+
+
+@pytest.mark.parametrize("name", CACHING)
+def test_the_growth_of_a_cache_is_foreseen(name):
+    """At most what a first pass makes, where the config says so for sure; in proportion afterwards."""
+    model = architectures.build(name)
+    ids = torch.arange(14).reshape(2, 7)
+    inputs = {"input_ids": ids, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :1]
+    with torch.no_grad():
+        foreseen = cache_growth(None, model.config, ITEM, Pass.of(inputs))
+        cache = caches_of(model(**inputs))
+        if not cache:
+            pytest.skip("makes no cache")
+        made = cache_bytes(cache[0])
+        if foreseen.sure:
+            assert made <= foreseen.nbytes + COUNTERS
+            assert foreseen.nbytes <= made + COUNTERS
+        for _ in range(3):
+            step = {"input_ids": ids[:, :1], "use_cache": True}
+            if model.config.is_encoder_decoder:
+                step |= {"decoder_input_ids": ids[:, :1], "input_ids": ids}
+            more = cache_growth(cache[0], model.config, ITEM, Pass(2, 1, 1))
+            before = cache_bytes(cache[0])
+            name_of_it = (
+                "past_key_values"
+                if "past_key_values" in inspect.signature(model.forward).parameters
+                else "cache_params"
+            )
+            cache = caches_of(model(**step, **{name_of_it: cache[0]}))
+            assert cache_bytes(cache[0]) - before <= more.nbytes + COUNTERS
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "gemma3", "gpt2", "opt", "mixtral", "deepseek_v3", "phi3"]
+    "fields, heads",
+    [({"multi_query": True, "new_decoder_architecture": False}, 1), ({"multi_query": False}, 4)],
 )
-def test_the_growth_of_a_cache_is_foreseen(name):
-    if name not in architectures.ALL:
-        pytest.skip(f"{name} is not among the tests' architectures")
-    model = architectures.build(name)
-    ids = torch.arange(14).reshape(2, 7)
-    with torch.no_grad():
-        result = model(input_ids=ids, use_cache=True)
-        cache = result.past_key_values
-        foreseen = cache_growth(None, model.config, ITEM, Pass(2, 7, 7))
-        assert abs(foreseen - cache_bytes(cache)) <= COUNTERS
-        before = cache_bytes(cache)
-        more = cache_growth(cache, model.config, ITEM, Pass(2, 1, 1))
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-    assert cache_bytes(cache) - before <= more + COUNTERS
+def test_a_falcon_caches_the_heads_it_has(fields, heads):
+    config = transformers.FalconConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, **fields)
+    config.num_kv_heads = heads
+    assert cache_growth(None, config, ITEM, Pass(1, 10, 1)).nbytes == 2 * 2 * heads * 16 * 10 * ITEM
+
+
+def test_a_sliding_window_that_is_a_view_counts_with_all_it_holds():
+    whole = torch.zeros(1, 2, 100, 8)
+    assert cache_bytes((whole[:, :, -10:], whole[:, :, -20:])) == whole.nbytes
 
 
 def test_a_static_cache_is_counted_whole_and_grows_no_more():
     model = architectures.build("llama")
     cache = transformers.StaticCache(config=model.config, max_cache_len=32)
     coming = Pass(2, 7, 7)
-    foreseen = cache_growth(cache, model.config, ITEM, coming)
+    foreseen = cache_growth(cache, model.config, ITEM, coming).nbytes
     with torch.no_grad():
         model(input_ids=torch.arange(14).reshape(2, 7), past_key_values=cache, use_cache=True)
     assert foreseen <= cache_bytes(cache) <= foreseen + COUNTERS
-    assert cache_growth(cache, model.config, ITEM, coming) == 0
+    assert cache_growth(cache, model.config, ITEM, coming).nbytes == 0
 
 
 def test_what_is_no_cache_has_no_bytes():

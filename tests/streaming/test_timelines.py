@@ -319,8 +319,7 @@ def test_the_drives_own_rate_is_this_runs_unless_aio_bench_has_measured_it(saved
 
 def test_a_prediction_stands_beside_what_was_measured(recorded):
     runtime = recorded.zinfer
-    assert runtime.report().predicted_seconds is None
-    assert "predicted" not in str(runtime.report())
+    tokens(recorded, count=1)
     asked = []
 
     def predict(rows, length):
@@ -328,27 +327,37 @@ def test_a_prediction_stands_beside_what_was_measured(recorded):
         return 0.5
 
     runtime = type(runtime)(recorded, runtime._streaming, "folder", "none", 0, predict=predict)
-    assert runtime.report().predicted_seconds is None
-    for length in (7, 8, 8):
+    assert runtime.predict() is None
+    for length in (7, 8, 9):
         runtime.begin_sweep(recorded, (torch.zeros(2, length, dtype=torch.long),), {})
-        runtime.end_sweep(recorded, (), None)
+        runtime.end_sweep(recorded, (), {}, None)
+    assert runtime.report().predicted_seconds is None
+    assert "predicted" not in str(runtime.report())
+    assert runtime.predict() == 0.5
     report = runtime.report()
-    assert runtime.report().predicted_seconds == report.predicted_seconds == 0.5
-    assert asked == [(2, 8)]
+    assert report.predicted_seconds == 0.5
+    assert asked == [(2, 9)]
     assert f" 0.500 s a sweep; measured {report.sweep_seconds:.3f} s, " in str(report)
 
 
 def test_a_run_on_a_measured_machine_is_predicted(saved, monkeypatch):
     folder = saved("llama")
     with run_tightly(folder, SPARE) as model:
+        assert model.zinfer.predict() is None
         tokens(model, count=3)
         monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: None)
-        assert model.zinfer.report().predicted_seconds is None
-    with run_tightly(folder, SPARE) as model:
-        tokens(model, count=3)
+        assert model.zinfer.predict() is None
         monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: cpu(drive_read=1e6))
-        predicted = model.zinfer.report().predicted_seconds
+        predicted = model.zinfer.predict()
         assert predicted == pytest.approx(model.zinfer.sweep_bytes / 1e6, rel=0.5)
+        assert model.zinfer.report().predicted_seconds == predicted
+
+
+def test_a_run_with_a_changed_config_is_not_predicted_as_if_it_had_not(saved, monkeypatch):
+    monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: cpu(drive_read=1e6))
+    with zinfer.run(saved("llama"), offload="nvme", rms_norm_eps=1e-3) as model:
+        tokens(model, count=3)
+        assert model.zinfer.predict() is None
 
 
 def test_the_report_is_plain_json(recorded):

@@ -19,7 +19,7 @@ from zinfer.cli.options import check_memory, memory, positive
 from zinfer.cli.progress import Progress, SweepMeter
 from zinfer.cli.streamers import IdStreamer, TextStreamer, TokenStreamer
 from zinfer.cli.terminal import LogToTerminal, Terminal, check_writable
-from zinfer.errors import CheckpointError, OptionError
+from zinfer.errors import CheckpointError, OptionError, ZinferError
 
 NAME = "run"
 SUMMARY = "generate text with a model whose weights stream from the drive"
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     place.add_argument(
         "--max-memory", action="append", type=memory, default=[], metavar="cpu=SIZE",
-        help="ceiling on what zinfer allocates, such as cpu=3GiB; default: what is free",
+        help="ceiling on weights, buffers and caches, such as cpu=3GiB; default: what is free",
     )  # fmt: skip
     place.add_argument("--dtype", default="auto", help="bfloat16, float32 ...; default: the checkpoint's")
     place.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -119,6 +119,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     )
     with model:
         streamer, seconds = _generate(model, prompt, arguments, terminal)
+        _predict(model.zinfer)
         report = model.zinfer.report()
     if arguments.timeline:
         model.zinfer.timeline(arguments.timeline)
@@ -137,6 +138,14 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
             json.dump(summary, file, indent=2)
             file.write("\n")
     return 0
+
+
+def _predict(runtime: Any) -> None:
+    """Have the report show what was to be expected; a plan that cannot be made does not end a run that was."""
+    try:
+        runtime.predict()
+    except ZinferError as error:
+        logging.getLogger("zinfer").debug("no prediction: %s", error)
 
 
 @dataclass(frozen=True)

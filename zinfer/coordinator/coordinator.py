@@ -104,8 +104,8 @@ class Coordinator:
             self._give_up(reader, fetch, isinstance(error, ZinferError))
             fetch = None
             raise
-        if weight.wants_residence and (fetch.in_place or weight.placed is None):
-            self._settle(weight, tensor, reader)
+        if fetch.settles:
+            self._settle(fetch, tensor, reader)
         return tensor
 
     def done(self, weight: Weight) -> None:
@@ -158,29 +158,30 @@ class Coordinator:
     def renew_memory(
         self,
         leave: Sequence[Weight],
-        on_leave: Callable[[Weight], None],
-        residents: Sequence[Weight],
+        join: Sequence[Weight],
+        places: Sequence[Weight],
         window_bytes: int,
-    ) -> None:
-        """Stream the weights in `leave`, give all weights' memory back, and take it anew: `residents` get a place.
+        on_leave: Callable[[Weight], None],
+    ) -> bool:
+        """Give all weights' memory back, and take it anew: a window, and a place for each of `places`.
 
-        Raises BudgetError, and changes nothing, while tensors on the window are in use, by other threads' operators or
-        by callers.
+        `leave` are all that were to be resident, `join` all that are to be. False, with nothing changed, while tensors
+        on the window are in use, by other threads' operators or by callers; look-ahead is dropped even so. Raises
+        ClosedError, and BudgetError where the machine refuses the memory.
         """
         with self._lock:
+            self.refuse_closed()
             for reader in list(self._readers):
                 reader.forget()
             window = self.device.window
             if window is not None and window.in_use:
                 gc.collect()
                 if window.in_use:
-                    raise BudgetError(
-                        f"a larger key-value cache needs another division of memory, but {window.in_use} bytes of the "
-                        "window are in use by other threads or by tensors kept; call again when they are done, or "
-                        "raise max_memory['cpu']"
-                    )
+                    return False
             self.change_residents(leave, (), on_leave)
-            self.device.renew_memory(residents, window_bytes)
+            self.device.renew_memory(places, join, window_bytes)
+            self.change_residents((), join, on_leave)
+            return True
 
     def close(self) -> None:
         """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
@@ -305,10 +306,12 @@ class Coordinator:
             by_weight = self.counters.waits_by_weight
             by_weight[name] = by_weight.get(name, 0.0) + waited
 
-    def _settle(self, weight: Weight, tensor: torch.Tensor, reader: Reader) -> None:
+    def _settle(self, fetch: Fetch, tensor: torch.Tensor, reader: Reader) -> None:
+        weight = fetch.weight
         with self._lock:
-            # Asked again, under the lock: another thread's cache may have needed its memory meanwhile.
-            if weight.wants_residence and weight.resident is None and not self._closed:
+            # Asked again, under the lock: another thread's cache may have needed the memory meanwhile.
+            wanted = weight.wants_residence and fetch.generation == self.device.generation
+            if wanted and weight.resident is None and not self._closed:
                 weight.resident = tensor
                 self._on_resident(weight, tensor)
             reader.held = None

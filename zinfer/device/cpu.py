@@ -16,7 +16,7 @@ from zinfer.aio.joint import Waitable
 from zinfer.device.fetch import Fetch
 from zinfer.device.residents import Residents
 from zinfer.device.shards import Shards
-from zinfer.errors import BudgetError, CheckpointChangedError
+from zinfer.errors import BudgetError, CheckpointChangedError, ClosedError
 from zinfer.pinned import Pool
 from zinfer.pinned.numa import node_for, online_nodes
 from zinfer.timeline.recorder import Recorder
@@ -65,9 +65,11 @@ class CpuDevice:
         self.drives = self.shards.drives
         self.window: Pool | None = None
         self.residents: Residents | None = None
+        self.generation = 0  # how often memory was divided anew
+        self._closed = False
         try:
             self._log_fallbacks()
-            self._take_memory(residents, window_bytes, at_once)
+            self._take_memory(residents, residents, window_bytes, at_once)
         except BaseException:
             self.close()
             raise
@@ -84,11 +86,12 @@ class CpuDevice:
         for reason, path in buffered.items():
             logger.warning("%s is read through the page cache: %s", path, reason)
 
-    def _take_memory(self, residents: Sequence[Weight], window_bytes: int, at_once: bool) -> None:
+    def _take_memory(
+        self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int, at_once: bool
+    ) -> None:
         node = node_for([device.numa_node for device in self.drives.devices], online_nodes())
-        if window_bytes:
-            self.window = Pool(window_bytes, page_lock="off", numa_node=node)
-        self.residents = Residents(residents, node, at_once=at_once)
+        self.window = Pool(window_bytes, page_lock="off", numa_node=node) if window_bytes else None
+        self.residents = Residents(places, wanted, node, at_once=at_once)
         for reason in {pool.numa_reason for pool in self.pools if pool.numa_reason}:
             logger.warning("memory may lie far from the drive, on another NUMA node: %s", reason)
 
@@ -100,6 +103,7 @@ class CpuDevice:
 
     def close(self) -> None:
         """Drain every read and give the memory back as soon as the last tensor on it dies."""
+        self._closed = True
         self.drives.close()
         if self.residents is not None:
             self.residents.close()
@@ -116,43 +120,56 @@ class CpuDevice:
         if self.residents is not None and self.residents.has(weight):
             self.residents.release(weight)
 
-    def renew_memory(self, residents: Sequence[Weight], window_bytes: int) -> None:
-        """Give the window and all places back, and take new ones. No weight may be resident, no read under way."""
+    def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
+        """Give the window and all places back, and take new ones, those of `wanted` made present.
+
+        No weight may be resident, and no read into the window under way; what is read into an old place meanwhile
+        is good, but does not stay (see Fetch).
+        """
         for memory in (self.residents, self.window):
             if memory is not None:
                 memory.close()
-        self.window = self.residents = None
-        self._take_memory(residents, window_bytes, at_once=False)
+        self.generation += 1
+        self._take_memory(places, wanted, window_bytes, at_once=False)
 
     def in_place(self, weight: Weight) -> bool:
         """Whether a read of `weight` would go to the place where it stays, and take no room in the window."""
         residents = self.residents
         if residents is None or not weight.wants_residence or not residents.has(weight):
             return False
-        fits = self.window is not None and weight.layout.nbytes <= self.window.capacity
-        return residents.present(weight) or not fits
+        window = self.window
+        fits = window is not None and weight.layout.nbytes <= window.capacity
+        return residents.ready(weight) or not fits
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Fetch | None:
         """Begin to read `weight`, or None when the window has no room for it within `timeout` seconds."""
-        in_place = self.in_place(weight)
+        generation, in_place = self.generation, self.in_place(weight)
         if in_place:
             assert self.residents is not None
             memory, address = self.residents.take(weight)
         else:
-            capacity = self.window.capacity if self.window is not None else 0
-            if self.window is None or weight.layout.nbytes > capacity:
+            window = self.window
+            capacity = window.capacity if window is not None else 0
+            if window is None or weight.layout.nbytes > capacity:
                 raise BudgetError(
                     f"an operator needs all of {weight.name!r}, {weight.layout.nbytes} bytes, but the window holds "
                     f"{capacity}; raise max_memory['cpu'] by {weight.layout.nbytes - capacity} bytes"
                 )
-            memory = self.window.acquire(weight.layout.nbytes, timeout)
+            try:
+                memory = window.acquire(weight.layout.nbytes, timeout)
+            except ClosedError:
+                if self._closed:
+                    raise
+                return None  # memory was divided anew while this thread waited: there is another window now
             if memory is None:
                 return None
             address = memory.address
         request = self._read(weight.layout, memory, address, urgent)
         self._note(request, weight.name, "demand" if urgent else "prefetch")
         # A partial, not a closure: frames in a traceback keep their function's closure, and so would keep the region.
-        fetch = Fetch(weight, request, partial(self._tensor_of, weight, memory, address), in_place=in_place)
+        settles = in_place or (weight.placed is None and weight.wants_residence)
+        finish = partial(self._tensor_of, weight, memory, address, settles)
+        fetch = Fetch(weight, request, finish, in_place=in_place, settles=settles, generation=generation)
         weight.fetch = weakref.ref(fetch)
         return fetch
 
@@ -204,7 +221,7 @@ class CpuDevice:
         if self._recorder is not None and nbytes:
             self._recorder.read(name, kind, request.timing)
 
-    def _tensor_of(self, weight: Weight, memory: Any, address: int) -> torch.Tensor:
+    def _tensor_of(self, weight: Weight, memory: Any, address: int, settles: bool) -> torch.Tensor:
         """The tensor of `weight` over `memory`, which it keeps alive, or what its conversion makes of it."""
         self._refuse_changes({piece.run.path for piece in weight.layout.pieces})
         provenance, starts = weight.provenance, weight.layout.starts
@@ -219,7 +236,7 @@ class CpuDevice:
                 }
                 value = evaluate(provenance.expression, partial(_leaf, leaves), self.torch_device)
                 inside = 0 <= value.data_ptr() - address < weight.layout.nbytes
-                if weight.wants_residence and inside:  # a view would hold the window's region for good
+                if settles and inside:  # a view would hold the window's region for good
                     value = value.clone(memory_format=torch.preserve_format)
             return _flagged(value, weight.requires_grad)
 

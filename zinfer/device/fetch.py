@@ -20,14 +20,24 @@ class Fetch:
     Dropping a Fetch that is still reading cancels the read and waits until no byte of it can land
     any more (the request guarantees it); dropping a ready one releases the region as soon as no
     operator or view uses the tensor. Any thread may wait; the tensor is made once. `in_place`: it reads into the
-    memory where the weight is to stay, and takes no room in the window.
+    memory where the weight is to stay, and takes no room in the window. `settles`: the tensor may stay, being there or
+    in memory of its own. `generation`: of the device's memory, which may have been divided anew since.
     """
 
     def __init__(
-        self, weight: Weight, request: Any, finish: Callable[[], torch.Tensor], *, in_place: bool = False
+        self,
+        weight: Weight,
+        request: Any,
+        finish: Callable[[], torch.Tensor],
+        *,
+        in_place: bool,
+        settles: bool,
+        generation: int,
     ) -> None:
         self.weight = weight
         self.in_place = in_place
+        self.settles = settles
+        self.generation = generation
         self._request: Any = request
         self._finish = finish
         self._tensor: torch.Tensor | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from zinfer.errors import ClosedError
 from zinfer.pinned import Pool, Region
-from zinfer.pinned.pages import give_back, populate
+from zinfer.pinned.pages import HUGE_PAGE_BYTES, give_back, populate
 from zinfer.weights.weight import Weight
 
 STEP_BYTES = 2 << 20  # made present at a time; other threads that map memory wait for it
@@ -30,19 +30,23 @@ class Residents:
                      ^                             |
                      +------- absent <--release()--+   (once the last tensor on it has died)
 
-    `at_once`: all places are present when the constructor returns. Any thread may call any method.
+    `wanted` are those that are to be resident now; the places of the others are left absent. `at_once`: all places
+    are present when the constructor returns. Any thread may call any method.
     """
 
-    def __init__(self, weights: Sequence[Weight], numa_node: int | None, *, at_once: bool) -> None:
+    def __init__(
+        self, weights: Sequence[Weight], wanted: Sequence[Weight], numa_node: int | None, *, at_once: bool
+    ) -> None:
         self._places: dict[Weight, int] = {}
         total = 0
         for weight in weights:
             self._places[weight] = total
             total += weight.layout.nbytes
+        self._order = list(self._places)
         self._lock = threading.RLock()  # a tensor may die, and call back, inside a method here
         self._held: dict[Weight, int] = dict.fromkeys(self._places, 0)  # views of its place that are out
         self._watching: dict[int, weakref.ref[memoryview]] = {}
-        self._released: set[Weight] = set()
+        self._released: set[Weight] = set(self._places) - set(wanted)
         self._present = set(self._places) if at_once else set()
         self._closing = threading.Event()
         self._absent = iter(self._places.items())  # what the populating threads have still to do
@@ -100,6 +104,10 @@ class Residents:
         """Whether `weight` has a place that need not be waited for."""
         return weight in self._present
 
+    def ready(self, weight: Weight) -> bool:
+        """Whether its place is present, and nothing lies there that somebody may still look at."""
+        return weight in self._present and not self._held[weight]
+
     def take(self, weight: Weight) -> tuple[Any, int]:
         """A view of the place of `weight`, which whatever is made over it keeps alive, and its address."""
         with self._lock:
@@ -137,8 +145,24 @@ class Residents:
             self._give_back_if_free(weight)
 
     def _give_back_if_free(self, weight: Weight) -> None:
-        if self._block is not None and weight in self._released and not self._held[weight]:
-            give_back(self._block.address + self._places[weight], weight.layout.nbytes)
+        """Give the pages back, those at its edges too where the neighbours are gone as well."""
+        if self._block is None or not self._free(weight):
+            return
+        index = self._order.index(weight)
+        first = last = index
+        while first > 0 and self._free(self._order[first - 1]):
+            first -= 1
+        while last + 1 < len(self._order) and self._free(self._order[last + 1]):
+            last += 1
+        start = self._places[self._order[first]]
+        end = self._places[self._order[last]] + self._order[last].layout.nbytes
+        # No more than its own pages and those that it shares with a neighbour: the rest is given back already.
+        own = self._places[weight], self._places[weight] + weight.layout.nbytes
+        start, end = max(start, own[0] - HUGE_PAGE_BYTES), min(end, own[1] + HUGE_PAGE_BYTES)
+        give_back(self._block.address + start, end - start)
+
+    def _free(self, weight: Weight) -> bool:
+        return weight in self._released and not self._held[weight]
 
 
 def _died(owner: weakref.ref[Residents], weight: Weight, watch: weakref.ref[memoryview]) -> None:

@@ -22,11 +22,11 @@ class Weight:
     """Description and state of one weight; every parameter tied to it shares this object.
 
         (nvme) --fetch--> in the window --last tensor dies--> (nvme)
-           \\------------> resident, for good, if `wants_residence`
+           \\------------> resident, while `wants_residence`
 
-    The description never changes. `resident` is set once; `fetch` refers, weakly, to the read that
-    currently holds the weight in the window, so that readers at the same place share it. Both belong
-    to the coordinator and change under its lock.
+    The description never changes. `resident` is set when the weight has come to stay, and None again when it leaves;
+    `fetch` refers, weakly, to the read that currently holds the weight in the window, so that readers at the same
+    place share it. Both belong to the coordinator and change under its lock.
     """
 
     def __init__(
