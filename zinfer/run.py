@@ -16,6 +16,7 @@ from zinfer import store
 from zinfer.attach import attach
 from zinfer.errors import OptionError
 from zinfer.locate import bring_to_drive, local_folder
+from zinfer.options import REFUSED
 from zinfer.planner.memory import cpu_ceiling
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
@@ -34,35 +35,6 @@ from zinfer.weights.loading import (
 from zinfer.weights.safetensors_header import TensorEntry
 from zinfer.weights.symbolic import SymbolicTensor
 
-# from_pretrained keywords that decide what zinfer decides, or that it would silently ignore.
-REFUSED = {
-    "device_map": "zinfer places the weights; use offload= and max_memory=",
-    "offload_folder": "zinfer reads the checkpoint in place; use nvme_path=",
-    "offload_state_dict": "zinfer never holds a whole state dict",
-    "offload_buffers": "buffers stay in memory",
-    "low_cpu_mem_usage": "zinfer reads no weight at load",
-    "state_dict": "pass the checkpoint's folder, or a live module",
-    "quantization_config": "quantised streaming is not supported yet",
-    "load_in_8bit": "quantised streaming is not supported yet",
-    "load_in_4bit": "quantised streaming is not supported yet",
-    "gguf_file": "only safetensors and .bin checkpoints are supported",
-    "torch_dtype": "use dtype=",
-    "proxies": "set HTTPS_PROXY in the environment",
-    "tp_plan": "zinfer runs on one device",
-    "distributed_config": "zinfer runs on one device",
-    "use_safetensors": "zinfer takes safetensors where there are any",
-    "weights_only": ".bin files are always read with weights_only",
-    "ignore_mismatched_sizes": "zinfer never invents weights",
-    "output_loading_info": "a checkpoint that does not match is an error",
-    "adapter_kwargs": "adapters are not loaded; merge them into the checkpoint",
-    "adapter_name": "adapters are not loaded; merge them into the checkpoint",
-    "tp_size": "zinfer runs on one device",
-    "device_mesh": "zinfer runs on one device",
-    "tqdm_class": "use progress=",
-    "mirror": "transformers ignores it; set HF_ENDPOINT",
-    "from_tf": "only safetensors and .bin checkpoints are supported",
-    "from_flax": "only safetensors and .bin checkpoints are supported",
-}
 MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "use_kernels")
 
 
