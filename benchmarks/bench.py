@@ -46,6 +46,22 @@ def counting(rounds: Sequence[Kind], disturbed: Callable[[Kind], bool]) -> list[
     return quiet if len(quiet) >= min(QUIET_ROUNDS, len(rounds)) else list(rounds)
 
 
+def tried_twice(work: Callable[[], Kind], label: str, failed: list[str]) -> Kind | None:
+    """What `work` returns, at the second attempt where the first fails; None, and a line in `failed`, where both do.
+
+    So one failing run costs neither the rounds before it nor those after.
+    """
+    for last in (False, True):
+        try:
+            return work()
+        except BenchmarkError as error:
+            sys.stderr.write(f"{label}: {error}\n")
+            if last:
+                reason = error.reason if isinstance(error, RunFailed) else str(error).splitlines()[0]
+                failed.append(f"{label}: {reason[:REASON_CHARACTERS]}")
+    return None
+
+
 class RunFailed(BenchmarkError):
     """A tool's process did not finish; `reason` is a short line for a table."""
 

@@ -45,7 +45,7 @@ class Step:
 
 @dataclass
 class Found:
-    """What the runs of one cell showed: of each tool its runs by round, or why it has none.
+    """What the runs of one cell showed: of each tool its runs by round, and why it failed where it did.
 
     A tool that failed is not tried again in the same cell.
     """
@@ -53,6 +53,16 @@ class Found:
     cell: Cell
     runs: dict[str, dict[int, Run]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The limit, the batch and the rounds there were, for a table."""
+        count = len({number for runs in self.runs.values() for number in runs})
+        return f"{self.cell.limit_text}, batch {self.cell.batch} ({count} round{'' if count == 1 else 's'})"
+
+    def ran(self, tool: str) -> bool:
+        """Whether `tool` ran in every round that it was to run in."""
+        return bool(self.runs.get(tool)) and tool not in self.failed
 
     def of(self, tool: str) -> list[Run]:
         """The runs that count: the undisturbed ones, or all where those are too few."""
@@ -71,11 +81,11 @@ class Found:
         return [a.seconds_a_token / b.seconds_a_token for a, b in zip(over, under, strict=True)]
 
     def behind(self, figure: str, peers: Sequence[str]) -> list[str]:
-        """The peers whose median of `figure` is as small as zinfer's or smaller."""
-        mine = self.median("zinfer", figure)
+        """The peers whose median of `figure` is as small as zinfer's or smaller; all that ran where zinfer failed."""
+        mine = self.median("zinfer", figure) if self.ran("zinfer") else None
         theirs = {peer: self.median(peer, figure) for peer in peers}
         return [
-            peer for peer, value in theirs.items() if value is not None and mine is not None and value <= mine
+            peer for peer, value in theirs.items() if value is not None and (mine is None or value <= mine)
         ]
 
 

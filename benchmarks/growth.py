@@ -12,13 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean, median
+from typing import Any
 
 import numpy
 from transformers import LlamaConfig
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import WINDOW_BYTES, Bench, Run, counting
+from benchmarks.bench import WINDOW_BYTES, Bench, Run, counting, tried_twice
 from benchmarks.drive import drive_of
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
 from benchmarks.worker import Task, weight_files
@@ -31,6 +33,7 @@ VOCABULARY = 512  # small, so that all bytes are layers
 PROMPT = list(range(1, 17))
 FIT_BOUND = 0.99
 FLAT_BOUND = 0.02
+FEWEST_SIZES = 3  # a line fits any two
 GB = 1e9
 
 
@@ -144,7 +147,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--rounds is at least 1, --new-tokens 3 and --hidden a multiple of {HEAD_SIZE}")
     if options.probe_seconds <= 0:
         parser.error("--probe-seconds is more than 0")
-    if len(set(options.layers)) < 3:
+    if len(set(options.layers)) < FEWEST_SIZES:
         parser.error("--layers takes at least three sizes: a line fits any two")
     return options
 
@@ -178,8 +181,11 @@ def main(arguments: Sequence[str]) -> int:
     drive = drive_of(options.folder)
     bench = Bench(drive, True, options.patience, options.repeats, grouped=False)
     runs: list[list[Run]] = [[] for _ in models]
+    rounds: list[dict[str, Any]] = []
+    failed: list[str] = []
     for number in range(options.rounds):
         order = list(zip(models, runs, strict=True))
+        rounds.append({})
         for model, mine in order if number % 2 == 0 else reversed(order):
             task = Task(
                 "zinfer",
@@ -191,7 +197,15 @@ def main(arguments: Sequence[str]) -> int:
                 probe_seconds=options.probe_seconds,
                 probe_bytes=parse_size(options.probe_memory),
             )
-            mine.append(bench.run(task, None, f"{model.layers} layers"))
+            label = f"{model.layers} layers"
+            run = tried_twice(partial(bench.run, task, None, label), f"{label}, round {number + 1}", failed)
+            if run is not None:
+                mine.append(run)
+                rounds[-1][str(model.layers)] = asdict(run)
+    models = [model for model, mine in zip(models, runs, strict=True) if mine]
+    runs = [mine for mine in runs if mine]
+    if len(models) < FEWEST_SIZES:
+        raise BenchmarkError("too many runs failed:\n" + "\n".join(failed))
     found = [counting(mine, lambda run: run.disturbed) for mine in runs]
     lines = fits(models, found)
     peaks = {name: [[figure(run) for run in mine] for mine in found] for name, figure in PEAKS.items()}
@@ -202,18 +216,17 @@ def main(arguments: Sequence[str]) -> int:
             f"{options.rounds}; discarded and repeated as disturbed: {len(bench.discarded)} runs.",
             _rows(models, found),
             "\n".join(f"- seconds a token over {name}: {line.text()}" for name, line in lines.items()),
+            *[f"Failed twice: {text}." for text in failed],
         ]
     )
     result = Result(
         name="growth",
         drive=drive,
         settings={**vars(options), "model_bytes": [model.nbytes for model in models], "threads": cores()},
-        rounds=[
-            {str(model.layers): asdict(mine[number]) for model, mine in zip(models, runs, strict=True)}
-            for number in range(options.rounds)
-        ],
+        rounds=rounds,
         figures={
             "fits": lines,
+            "failed": failed,
             "seconds_a_token": [Spread.of([run.seconds_a_token for run in mine]) for mine in found],
             "peaks": {name: [Spread.of(side) for side in sides] for name, sides in peaks.items()},
         },
@@ -226,6 +239,7 @@ def main(arguments: Sequence[str]) -> int:
                 Requirement(f"growth of {name}, x1 to the largest", growth(sides), FLAT_BOUND, False)
                 for name, sides in peaks.items()
             ),
+            Requirement("runs that failed twice", len(failed), 0, False),
         ],
         body=body,
         load_average=load,

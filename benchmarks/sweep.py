@@ -14,26 +14,36 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import psutil
 
 from benchmarks import BenchmarkError
-from benchmarks.bench import IN_MEMORY_FACTOR, WINDOW_BYTES, Bench, Run, prompt_of
+from benchmarks.bench import IN_MEMORY_FACTOR, WINDOW_BYTES, Bench, Run, prompt_of, tried_twice
 from benchmarks.bound import GB, Cell, Overhead, Point, byte_rows, cell_rows, counted, requirements
 from benchmarks.drive import Drive, drive_of
-from benchmarks.report import Result, Spread, conclude, cores, main_of
+from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of
 from benchmarks.turns import Turns, take_turns
 from benchmarks.worker import UNCOUNTED, Task, weight_files
+from zinfer.hardware_probe import this_machine
+from zinfer.planner.hardware import Hardware
 from zinfer.planner.memory import parse_size
 
 
-def predicted(checkpoint: str, budget: int, batch: int, prompt: int, new_tokens: int) -> float:
-    """Seconds a token that zinfer's planner expects on this machine, before anything runs."""
+def measured_now(checkpoint: str) -> Hardware:
+    """This machine as the planner knows it, measured anew: what is kept may be of another day."""
+    return this_machine(weight_files(checkpoint), refresh=True)
+
+
+def predicted(
+    hardware: Hardware, checkpoint: str, budget: int, batch: int, prompt: int, new_tokens: int
+) -> float:
+    """Seconds a token that zinfer's planner expects on `hardware`, before anything runs."""
     import zinfer
 
     plan = zinfer.plan(
         checkpoint,
-        hardware="this",
+        hardware=hardware,
         max_memory={"cpu": budget},
         batch=batch,
         prompt=prompt,
@@ -93,7 +103,11 @@ def new_tokens(options: argparse.Namespace, batch: int) -> int:
 
 @dataclass
 class Sweep:
-    """All runs so far, and how to make one more round of them. `options` are the command line's."""
+    """All runs so far, and how to make one more round of them. `options` are the command line's.
+
+    `points` and `references` have the rounds in which a run, or its second attempt, did not fail; `failed` those in
+    which it did, and `rounds` what the results file has of each.
+    """
 
     options: argparse.Namespace
     checkpoint: str
@@ -102,6 +116,8 @@ class Sweep:
     points: dict[Cell, list[Point]] = field(init=False)
     references: dict[int, list[Run]] = field(init=False)
     overheads: list[Overhead] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.points = {cell: [] for cell in self.cells}
@@ -109,16 +125,42 @@ class Sweep:
 
     def round(self, number: int) -> None:
         """Run everything once, in an order that turns round from round to round."""
-        found: dict[Cell, Run] = {}
+        cells: dict[Cell, Run] = {}
+        memory: dict[int, Run] = {}
+        turns: list[Overhead] = []
         jobs: list[Callable[[], None]] = []
+
+        def attempt(label: str, work: Callable[[], Any], keep: Callable[[Any], object]) -> None:
+            result = tried_twice(work, f"{label}, round {number + 1}", self.failed)
+            if result is not None:
+                keep(result)
+
         for batch in self.references:
-            jobs.append(partial(self._run_in_memory, batch))
-            jobs += [partial(self._run, cell, found) for cell in self.cells if cell.batch == batch]
-        jobs.append(self._take_turns)
+            label = f"in memory, batch {batch}"
+            jobs.append(
+                partial(attempt, label, partial(self._run_in_memory, batch), partial(_put, memory, batch))
+            )
+            jobs += [
+                partial(attempt, cell.label, partial(self._run, cell), partial(_put, cells, cell))
+                for cell in self.cells
+                if cell.batch == batch
+            ]
+        jobs.append(partial(attempt, "with zinfer and without", self._take_turns, turns.append))
         for job in jobs if number % 2 == 0 else reversed(jobs):
             job()
-        for cell, run in found.items():
-            self.points[cell].append(Point(cell, run, self.references[cell.batch][-1]))
+        for batch, run in memory.items():
+            self.references[batch].append(run)
+        for cell, run in cells.items():
+            if cell.batch in memory:
+                self.points[cell].append(Point(cell, run, memory[cell.batch]))
+        self.overheads += turns
+        self.rounds.append(
+            {
+                "cells": {cell.label: asdict(cells[cell]) for cell in self.cells if cell in cells},
+                "in_memory": {batch: asdict(memory[batch]) for batch in self.references if batch in memory},
+                "overhead": asdict(turns[0]) if turns else None,
+            }
+        )
 
     @property
     def tokens_equal(self) -> bool:
@@ -128,28 +170,27 @@ class Sweep:
         }
         for cell, mine in self.points.items():
             by_batch[cell.batch] |= {tuple(point.run.outcome.tokens) for point in mine}
-        return all(len(found) == 1 for found in by_batch.values()) and all(
+        return all(len(found) <= 1 for found in by_batch.values()) and all(
             each.tokens_equal for each in self.overheads
         )
 
-    def _run(self, cell: Cell, found: dict[Cell, Run]) -> None:
+    def _run(self, cell: Cell) -> Run:
         task = replace(
             self._task("zinfer", cell.batch),
             max_memory=cell.budget,
             probe_seconds=self.options.probe_seconds,
             probe_bytes=parse_size(self.options.probe_memory),
         )
-        found[cell] = self.bench.run(task, None, cell.label)
+        return self.bench.run(task, None, cell.label)
 
-    def _run_in_memory(self, batch: int) -> None:
-        run = self.bench.run(self._task("memory", batch), None, f"in memory, batch {batch}")
-        self.references[batch].append(run)
+    def _run_in_memory(self, batch: int) -> Run:
+        return self.bench.run(self._task("memory", batch), None, f"in memory, batch {batch}")
 
-    def _take_turns(self) -> None:
+    def _take_turns(self) -> Overhead:
         prompt = prompt_of(self.options.prompt_tokens)
         turns = take_turns(Turns(self.checkpoint, prompt, self.options.pairs, cores()))
-        self.overheads.append(turns)
         sys.stderr.write(f"all resident, with zinfer / without: {turns.ratio:.4f}\n")
+        return turns
 
     def _task(self, tool: str, batch: int) -> Task:
         return Task(
@@ -161,6 +202,10 @@ class Sweep:
             batch=batch,
             probe_seconds=0,
         )
+
+
+def _put(table: dict[Any, Run], key: Any, run: Run) -> None:
+    table[key] = run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -180,9 +225,15 @@ def main(arguments: Sequence[str]) -> int:
         for batch in options.batches
         for percent in options.percent
     ]
+    machine = measured_now(checkpoint)
     expected = {
         cell: predicted(
-            checkpoint, cell.budget, cell.batch, options.prompt_tokens, new_tokens(options, cell.batch)
+            machine,
+            checkpoint,
+            cell.budget,
+            cell.batch,
+            options.prompt_tokens,
+            new_tokens(options, cell.batch),
         )
         for cell in cells
     }
@@ -190,11 +241,21 @@ def main(arguments: Sequence[str]) -> int:
     sweep = Sweep(options, checkpoint, cells, bench)
     for number in range(options.rounds):
         sweep.round(number)
-    result = _result(sweep, expected, model_bytes, drive, load)
+    sweep.points = {cell: mine for cell, mine in sweep.points.items() if mine}
+    if not sweep.points or not sweep.overheads:
+        raise BenchmarkError("too many runs failed:\n" + "\n".join(sweep.failed))
+    result = _result(sweep, machine, expected, model_bytes, drive, load)
     return conclude(result, "benchmarks.sweep", arguments, options.json)
 
 
-def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: Drive, load: float) -> Result:
+def _result(
+    sweep: Sweep,
+    machine: Hardware,
+    expected: dict[Cell, float],
+    model_bytes: int,
+    drive: Drive,
+    load: float,
+) -> Result:
     options, points = sweep.options, sweep.points
     overhead = Spread.of([each.ratio for each in sweep.overheads])
     introduction = (
@@ -220,15 +281,10 @@ def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: 
             "threads": cores(),
             "prompt": prompt_of(options.prompt_tokens),
         },
-        rounds=[
-            {
-                "cells": {cell.label: asdict(mine[number].run) for cell, mine in points.items()},
-                "in_memory": {batch: asdict(mine[number]) for batch, mine in sweep.references.items()},
-                "overhead": asdict(sweep.overheads[number]),
-            }
-            for number in range(options.rounds)
-        ],
+        rounds=sweep.rounds,
         figures={
+            "hardware": machine.as_dict(),
+            "failed": sweep.failed,
             "cells": {
                 cell.label: {
                     "seconds_a_token": Spread.of([point.seconds for point in counted(mine)]),
@@ -242,8 +298,19 @@ def _result(sweep: Sweep, expected: dict[Cell, float], model_bytes: int, drive: 
             "tokens_equal": sweep.tokens_equal,
             "discarded": [asdict(run) for run in sweep.bench.discarded],
         },
-        requirements=requirements(points, sweep.overheads, expected, sweep.tokens_equal),
-        body="\n\n".join([introduction, cell_rows(points, expected), byte_rows(points), turns]),
+        requirements=[
+            *requirements(points, sweep.overheads, expected, sweep.tokens_equal),
+            Requirement("runs that failed twice", len(sweep.failed), 0, False),
+        ],
+        body="\n\n".join(
+            [
+                introduction,
+                cell_rows(points, expected),
+                byte_rows(points),
+                turns,
+                *[f"Failed twice: {text}." for text in sweep.failed],
+            ]
+        ),
         load_average=load,
     )
 

@@ -127,7 +127,8 @@ class Versus:
                 run = self.bench.run(self.task(step.tool, step.cell.batch, counted), step.cell.limit)
                 found.runs.setdefault(step.tool, {})[step.number] = run
             except RunFailed as error:
-                found.failed[step.tool] = error.reason
+                later = f"in round {step.number + 1}: " if step.number else ""
+                found.failed[step.tool] = later + error.reason
                 sys.stderr.write(f"{step.tool}: {error.reason}\n")
             self.taken.setdefault(step.tool, []).append(time.monotonic() - started)
 
@@ -161,7 +162,7 @@ def body(versus: Versus, headline: Found | None, model_bytes: int) -> str:
     ]
     for found in cells:
         parts += [
-            f"## {found.cell.limit_text}, batch {found.cell.batch}",
+            f"## {found.title}",
             cell_table(found, versus.tools, versus.references.get(found.cell.batch)),
         ]
         if found is headline:

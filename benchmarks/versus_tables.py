@@ -35,7 +35,7 @@ def tokens_text(runs: Sequence[Run], reference: Run | None, batch: int) -> str:
 
 
 def cell_table(found: Found, tools: Sequence[str], reference: Run | None) -> str:
-    """One row a tool: medians and ranges over the rounds that count, or why there are none."""
+    """One row a tool: medians and ranges over the rounds that count, and why it failed where it did."""
     header = ["tool", "zinfer is faster by", *(name for name, *_ in FIGURES), "tokens", "disturbed"]
     rows = []
     for tool in tools:
@@ -53,7 +53,7 @@ def cell_table(found: Found, tools: Sequence[str], reference: Run | None) -> str
         rows.append(
             [
                 title,
-                f"{Spread.of(ratios).text()} x" if ratios else "",
+                _beside(ratios, found.failed.get(tool)),
                 *figures,
                 tokens_text(every, reference, found.cell.batch),
                 f"{sum(run.disturbed for run in every)} of {len(every)}",
@@ -62,18 +62,23 @@ def cell_table(found: Found, tools: Sequence[str], reference: Run | None) -> str
     return table(header, rows)
 
 
+def _beside(ratios: Sequence[float], failed: str | None) -> str:
+    """By how much zinfer is faster than a tool that ran, and why that tool did not go on."""
+    texts = [f"{Spread.of(ratios).text()} x"] if ratios else []
+    return "; ".join([*texts, *([f"failed {failed}"] if failed else [])])
+
+
 def summary_table(cells: Sequence[Found], tools: Sequence[str], figure: str, digits: int) -> str:
-    """One row a cell, one column a limited tool: medians of an attribute of Run; a dash where there is none."""
+    """One row a cell, one column a limited tool: medians of an attribute of Run, or a dash; who failed later."""
     limited = [tool for tool in tools if TOOLS[tool].limited]
     rows = []
     for found in cells:
-        values = [found.median(tool, figure) for tool in limited]
-        rows.append(
-            [
-                f"{found.cell.limit_text}, batch {found.cell.batch}",
-                *(f"{value:.{digits}f}" if value is not None else "-" for value in values),
-            ]
-        )
+        values = []
+        for tool in limited:
+            value = found.median(tool, figure)
+            later = " (then failed)" if tool in found.failed else ""
+            values.append("-" if value is None else f"{value:.{digits}f}{later}")
+        rows.append([found.title, *values])
     return table(["", *(TOOLS[tool].title for tool in limited)], rows)
 
 
@@ -103,14 +108,25 @@ def requirements(
     references: dict[int, Run],
     model_bytes: int,
 ) -> list[Requirement]:
-    """What zinfer promises, as measured: over all cells, and with figures in the headline cell."""
+    """What zinfer promises, as measured: over all cells, and with figures in the headline cell.
+
+    A peer that ran nowhere is a comparison that was not made; a ratio that there is not counts as 0.
+    """
     peers = [tool for tool in tools if tool in PEERS]
     mine = [run for found in cells for run in found.runs.get("zinfer", {}).values()]
     slower = sum(len(found.behind("seconds_a_token", peers)) for found in cells)
     later = sum(len(found.behind("first_seconds", peers)) for found in cells)
     wrote = max([run.outcome.report["bytes_written"] for run in mine if run.outcome.report], default=0)
     required = [
-        Requirement("cells in which zinfer ran", sum(bool(f.of("zinfer")) for f in cells), len(cells), True),
+        Requirement(
+            "cells in which zinfer ran", sum(found.ran("zinfer") for found in cells), len(cells), True
+        ),
+        Requirement(
+            "peers that ran in a cell at least",
+            sum(any(found.of(peer) for found in cells) for peer in peers),
+            len(peers),
+            True,
+        ),
         Requirement("peers as fast a token or faster, over all cells", slower, 0, False),
         Requirement("peers whose first token came sooner, over all cells", later, 0, False),
         Requirement("bytes zinfer wrote", wrote, 0, False),
@@ -122,14 +138,16 @@ def requirements(
             for found in cells
         )
         required.append(Requirement("cells in which zinfer's tokens are memory's", same, len(cells), True))
-    if headline is None or not headline.of("zinfer"):
+    if headline is None:
         return required
     at = f"at {headline.cell.name}"
     for peer in peers:
-        factor, ratios = TOOLS[peer].factor, headline.ratios(peer)
-        if factor is not None and ratios:
+        if (factor := TOOLS[peer].factor) is not None:
+            ratios = headline.ratios(peer) if headline.ran("zinfer") else []
             name = f"seconds a token {at}, {TOOLS[peer].title} / zinfer"
-            required.append(Requirement(name, Spread.of(ratios).median, factor, True))
+            required.append(Requirement(name, Spread.of(ratios).median if ratios else 0, factor, True))
+    if not headline.of("zinfer"):
+        return required
     counted = headline.of("zinfer")
     rounds = len(headline.runs["zinfer"])
     quiet = sum(not run.disturbed for run in headline.runs["zinfer"].values())

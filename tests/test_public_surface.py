@@ -33,6 +33,7 @@ PUBLIC = [
 LAYERS = [
     "_version",
     "errors",
+    "wording",
     "timeline",
     "pinned",
     "aio",
@@ -50,6 +51,7 @@ LAYERS = [
     "outline",
     "dry_run",
     "hardware_probe",
+    "options",
     "planning",
     "report",
     "runtime",
@@ -64,12 +66,13 @@ LAYERS = [
 ONLY = {
     "_version": (),
     "errors": (),
+    "wording": (),
     "timeline": ("errors",),
     "pinned": ("errors",),
     "aio": ("errors", "pinned"),
     "aio_bench": ("errors", "pinned", "aio"),
     "weights": ("errors",),
-    "planner": ("errors",),
+    "planner": ("errors", "wording"),
     "store": (
         "errors",
         "pinned",
@@ -78,7 +81,7 @@ ONLY = {
         "weights.safetensors_header",
         "weights.packed",
     ),
-    "report": ("timeline.sweeps",),
+    "report": ("timeline.sweeps", "wording"),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import math
 import weakref
 from collections import Counter
@@ -23,17 +22,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers.utils import logging as transformers_logging
 
-from zinfer.planner.cost import Operator, Pass, Work
+from zinfer.planner.cost import Operator, PassWork, Work
 from zinfer.streaming import Held
-from zinfer.weights.loading import parameter_slots
+from zinfer.weights.loading import REFUSALS, parameter_slots
 
-logger = logging.getLogger("zinfer")
 aten = torch.ops.aten
 
-# What models raise when they need values that a tensor without data does not have, or a keyword we do not know.
-_REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError)
 _ROW_LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 _CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
+# Experts that each token goes to, as configs call them; transformers maps most names to the first.
+_CHOSEN_NAMES = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
+    *("num_selected_experts", "top_k"),
+)
 
 
 def dry_run(model: Any, held: Sequence[Held], batch: int, prompt: int, new_tokens: int) -> Work:
@@ -44,22 +45,22 @@ def dry_run(model: Any, held: Sequence[Held], batch: int, prompt: int, new_token
     Raises DryRunError where the model cannot run without data.
     """
     weights = _strip(model, held)
-    on_demand = _fuse_experts(model)
+    experts: dict[str, Any] = {"on_demand": _fuse_experts(model), "chosen": _experts_of_a_token(model.config)}
     before = 0 if model.config.is_encoder_decoder else prompt  # tokens in the decoder's cache at the start
     try:
         with torch.no_grad(), _quiet():
-            with Recorder(weights, on_demand) as first:
+            with Recorder(weights, **experts) as first:
                 output, memory = _first(model, batch, prompt)
             if not model.can_generate():
                 return Work(batch, first.finish(), first.finish(), 0, first.peak)
             prompt_cache = _tensor_bytes(output)
             del output
-            with Recorder(weights, on_demand):
+            with Recorder(weights, **experts):
                 cache = _cache_at(model, batch, before + new_tokens // 2, memory)
                 longest = _tensor_bytes(_cache_at(model, batch, before + new_tokens - 1, memory))
-            with Recorder(weights, on_demand) as later:
+            with Recorder(weights, **experts) as later:
                 _step(model, batch, 1, cache, memory)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DryRunError(f"{type(error).__name__}: {reason}") from error
     activations = max(0, first.peak - prompt_cache)
@@ -93,6 +94,13 @@ def _fuse_experts(model: Any) -> bool:
     with contextlib.suppress(ValueError, AttributeError):  # a model without experts
         model.set_experts_implementation("grouped_mm")
     return on_demand
+
+
+def _experts_of_a_token(config: Any) -> int:
+    """How many experts each token goes to, as the config says; 1 where it does not."""
+    text = config.get_text_config(decoder=True)
+    values = (getattr(text, name, None) for name in _CHOSEN_NAMES)
+    return next((value for value in values if type(value) is int and value > 0), 1)
 
 
 def _first(model: Any, batch: int, prompt: int) -> tuple[Any, Any]:
@@ -168,11 +176,13 @@ def _quiet() -> Iterator[None]:
 class Recorder(TorchDispatchMode):
     """Notes every operator of one pass: its rows, flops and bytes, the weights it asks for, and memory in use.
 
-    `weights`: storage -> index. `on_demand`: only the experts that are chosen count as asked for. One thread only.
+    `weights`: storage -> index. `on_demand`: only the experts that are chosen count as asked for,
+    `chosen` of them for each token. One thread only.
     """
 
-    def __init__(self, weights: Mapping[int, int], on_demand: bool) -> None:
+    def __init__(self, weights: Mapping[int, int], on_demand: bool, chosen: int = 1) -> None:
         super().__init__()
+        self._chosen = chosen
         self._weights = weights
         self._on_demand = on_demand
         self._operators: Counter[tuple[str, str, float, float, float]] = Counter()
@@ -182,10 +192,10 @@ class Recorder(TorchDispatchMode):
         self._fused = _Fused(self)
         self._used = self.peak = 0
 
-    def finish(self) -> Pass:
+    def finish(self) -> PassWork:
         """What was noted, as plain data."""
         operators = tuple(Operator(*key, count=count) for key, count in self._operators.items())
-        return Pass(operators, tuple(sorted(self._asks.items())))
+        return PassWork(operators, tuple(sorted(self._asks.items())))
 
     def __enter__(self) -> Recorder:
         self._fused.__enter__()
@@ -224,9 +234,14 @@ class Recorder(TorchDispatchMode):
         self._add("attention", query.dtype, length, flops, nbytes)
 
     def note_experts(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Rows times the matrices of the experts they go to; of E, E(1 - (1 - 1/E)^rows) are chosen if at random."""
-        experts = right.shape[0]
-        chosen = experts * -math.expm1(left.shape[0] * math.log1p(-1 / experts)) if experts > 1 else 1.0
+        """Rows times the matrices of the experts they go to.
+
+        A token has a row for each of its k experts, which are distinct: of E, E(1 - (1 - k/E)^tokens) are chosen, if
+        each token chooses at random.
+        """
+        experts, each = right.shape[0], min(self._chosen, right.shape[0])
+        tokens = left.shape[0] / each
+        chosen = experts * -math.expm1(tokens * math.log1p(-each / experts)) if each < experts else experts
         if (index := self._weights.get(_storage(right))) is not None:
             self._asks[index] = chosen / experts if self._on_demand else 1.0
         flops = 2 * left.numel() * right.shape[-1]

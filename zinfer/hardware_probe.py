@@ -4,7 +4,8 @@ Every figure is a median. Arithmetic is measured as models run it: torch's own l
 of this process, over weights that follow one another like layers, so that no cache holds them from one use to the next.
 
 The figures lie in `$XDG_CACHE_HOME/zinfer/hardware.json` (by default `~/.cache/zinfer`), one record a drive; a record
-counts while torch, its thread count, the memory and the drive are the same. The file may be deleted at any time.
+counts while processor, torch, its thread count, transformers, the memory and the drive are the same, and this module
+measures as it did. What was measured while other programs computed is not kept. The file may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import datetime
 import json
 import logging
 import os
+import platform
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,16 +34,16 @@ from zinfer.aio.profile import load_profile
 from zinfer.aio_bench.target import made_targets
 from zinfer.dry_run import Recorder
 from zinfer.errors import DriveError, OptionError, StoreError
-from zinfer.planner.hardware import Curve, Hardware, hardware_from
-from zinfer.planner.memory import free_memory, total_memory
+from zinfer.planner.hardware import FLOPS_RANGE, RANGES, Curve, Hardware, hardware_from
+from zinfer.planner.memory import free_memory, parse_size, total_memory
 
 logger = logging.getLogger("zinfer")
 
-SCHEMA = 1
+SCHEMA = 2
+METHOD = 2  # raised whenever a figure is measured in another way: older ones do not count
 WIDTH = 4096  # of the square weights that are multiplied with
-WORKING_SET = (
-    512 << 20
-)  # bytes of weights in turn, far beyond any cache; a quarter of what is free if that is less
+WORKING_SET = 512 << 20  # bytes gone through in turn; a quarter of what is free if that is less
+BEYOND = 4  # ... and this many times what all caches hold, where they are larger
 LEAST_SET = 64 << 20
 ROWS = (1, 8, 16, 32, 64, 128, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -48,22 +51,22 @@ SECONDS = 0.2  # of measuring each point
 DRIVE_SECONDS, DRIVE_TIMES = 1.5, 5
 WINDOW_BYTES = 256 << 20
 SAMPLE_BYTES = 256 << 20  # of the temporary file that is read where there is no checkpoint and no profile
-COPY_BYTES = 16 << 20
-ATTENTION = (
-    16,
-    32,
-    128,
-    128,
-)  # sequences, heads, tokens and width of the cache that attention is measured with
+COPY_BYTES = 16 << 20  # of a result; its two halves are joined
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CPU_INFO = Path("/proc/cpuinfo")
+# Sequences, heads, tokens and width of the cache that attention is measured with.
+ATTENTION = (16, 32, 128, 128)
 BUSY_PERCENT, BUSY_SECONDS = 25, 0.2  # of all cores, used by others before anything is measured
 BUSY = 1.6  # a median this many times the fastest quarter: something else was running
+MEASURED = ("drive_read", "host_bandwidth", "copy_bandwidth", "attention_bandwidth", "operator_seconds")
 
 
 def this_machine(paths: Sequence[str], *, refresh: bool = False) -> Hardware:
     """The machine at hand, with the drive that `paths` lie on: shards, or else a folder.
 
-    From the cache, unless `refresh` or something has changed since. Raises OptionError where a path is gone, and
-    DriveError or StoreError where the drive cannot be read, or takes no file to read.
+    From the cache, unless `refresh` or something has changed since. What is measured while other programs compute
+    is not kept. Raises OptionError where a path is gone, and DriveError or
+    StoreError where the drive cannot be read, or takes no file to read.
     """
     try:
         device = block_device_of(paths[0])
@@ -73,11 +76,13 @@ def this_machine(paths: Sequence[str], *, refresh: bool = False) -> Hardware:
         ) from error
     conditions = _conditions()
     records = {} if refresh else _load()
-    record = records.get(device.key)
-    found = _usable(record, conditions)
+    found = _usable(records.get(device.key), conditions)
     if found is None:
-        found = _measure(paths, device)
-        _save(device.key, {"conditions": conditions, "measured": _now(), "hardware": found.as_dict()})
+        logger.info("measuring drive, memory and arithmetic of this machine: a few seconds")
+        measured, busy = _measure(paths, device)
+        found = _plausible(measured)
+        if not busy:
+            _save(device.key, {"conditions": conditions, "measured": _now(), "hardware": found.as_dict()})
     return _with_profile(found, device)
 
 
@@ -100,10 +105,23 @@ def cache_path() -> Path:
 def _conditions() -> dict[str, Any]:
     """What the figures hold for."""
     return {
+        "method": METHOD,
+        "cpu": _cpu_model(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "memory": total_memory(),
     }
+
+
+def _cpu_model() -> str:
+    """What the processor calls itself; its architecture where it does not."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _usable(record: Any, conditions: dict[str, Any]) -> Hardware | None:
@@ -116,21 +134,22 @@ def _usable(record: Any, conditions: dict[str, Any]) -> Hardware | None:
         return None
 
 
-def _measure(paths: Sequence[str], device: BlockDevice) -> Hardware:
+def _measure(paths: Sequence[str], device: BlockDevice) -> tuple[Hardware, bool]:
+    """The figures, and whether other programs were computing meanwhile."""
     curves, busy = {}, psutil.cpu_percent(BUSY_SECONDS) > BUSY_PERCENT
     for name, dtype in DTYPES.items():
         curves[name], disturbed = _curve(dtype)
         busy = busy or disturbed
     if busy:
         logger.warning(
-            "other programs were computing while this machine was measured, so predictions may be too slow: measure "
-            "again when it is quiet, with remeasure=True (`zinfer plan --remeasure`)"
+            "other programs were computing while this machine was measured, so predictions may be too slow, and the "
+            "figures are not kept: measure again when it is quiet, with remeasure=True (`zinfer plan --remeasure`)"
         )
     # One row reads each weight once, for 2 flops an element.
     matvec = max(curves[name][0][1] * dtype.itemsize / 2 for name, dtype in DTYPES.items())
     rate, how = _drive_rate(paths, device)
     measured = f"measured {_now()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    return Hardware(
+    found = Hardware(
         name="this machine",
         drive_read=rate,
         host_memory=total_memory(),
@@ -146,12 +165,15 @@ def _measure(paths: Sequence[str], device: BlockDevice) -> Hardware:
             "drive_read": how,
             "host_memory": "the machine's, or its memory cgroup's limit",
             "host_bandwidth": f"{measured}: matrix times vector, working set beyond the caches",
-            "copy_bandwidth": f"{measured}: tensors of {COPY_BYTES >> 20} MiB joined, as a cache grows",
-            "attention_bandwidth": f"{measured}: one query a head over a cache",
+            "copy_bandwidth": f"{measured}: tensors of {COPY_BYTES >> 20} MiB joined, as a cache grows, "
+            "working set beyond the caches",
+            "attention_bandwidth": f"{measured}: one query a head over caches of keys and values, "
+            "working set beyond the processor's caches",
             "operator_seconds": f"{measured}: a decoding step of a transformer with hardly any weights",
             "matmul": f"{measured}: products with {WIDTH} x {WIDTH} weights, working set beyond the caches",
         },
     )
+    return found, busy
 
 
 def _drive_rate(paths: Sequence[str], device: BlockDevice) -> tuple[float, str]:
@@ -160,34 +182,65 @@ def _drive_rate(paths: Sequence[str], device: BlockDevice) -> tuple[float, str]:
         return profile.read_rate, f"{device.name}: aio_bench's profile of {profile.measured}"
     files = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) >= BLOCK_BYTES]
     if files:
-        return _read_rate(files), f"{device.name}: direct reads of the checkpoint, {_now()}"
+        rate, how = _read_rate(files)
+        return rate, f"{device.name}: {how} of the checkpoint, {_now()}"
     folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(os.path.abspath(paths[0]))
+    logger.info("measuring the drive with a temporary file of %d MiB in %s", SAMPLE_BYTES >> 20, folder)
     try:
         with made_targets([folder], SAMPLE_BYTES) as (target,):
-            rate = _read_rate([target.path])
+            rate, how = _read_rate([target.path])
     except StoreError as error:
         raise StoreError(
             f"{error}; run `aio_bench` on the drive to plan for, which keeps a profile"
         ) from error
     except DriveError as error:
         raise OptionError(f"{error}; name a hardware profile instead of 'this'") from error
-    return rate, f"{device.name}: direct reads of a temporary file, {_now()}"
+    return rate, f"{device.name}: {how} of a temporary file, {_now()}"
 
 
-def _read_rate(files: Sequence[str]) -> float:
-    """Bytes a second into as much memory as a window is: what stays in a processor's cache can come faster."""
+def _read_rate(files: Sequence[str]) -> tuple[float, str]:
+    """Bytes a second into as much memory as a window is, and what kind of reads they were.
+
+    What stays in a processor's cache can come faster; what the page cache holds is no drive's speed at all.
+    """
     memory = min(WINDOW_BYTES, free_memory() // 8)
-    rates = [
-        measure_read_rate(files, DRIVE_SECONDS / DRIVE_TIMES, memory).bytes_per_second
-        for _ in range(DRIVE_TIMES)
-    ]
-    return statistics.median(rates)
+    found = [measure_read_rate(files, DRIVE_SECONDS / DRIVE_TIMES, memory) for _ in range(DRIVE_TIMES)]
+    direct = all(each.direct for each in found)
+    how = "direct reads" if direct else "reads through the page cache, as it takes no direct ones,"
+    return statistics.median(each.bytes_per_second for each in found), how
+
+
+def _plausible(measured: Hardware) -> Hardware:
+    """`measured`, its rates brought into the ranges that the cache is read back with: else it would never be used.
+
+    What was changed is told, and stands in the sources.
+    """
+    fields = measured.as_dict()
+
+    def within(name: str, value: float, least: float, most: float) -> float:
+        taken = min(max(value, least), most)
+        if taken != value:
+            remark = f"measured {value:g}, which is not plausible; taken as {taken:g}"
+            logger.warning("%s of this machine: %s", name, remark)
+            fields["sources"][name] = f"{fields['sources'].get(name, '')} ({remark})"
+        return taken
+
+    for name in MEASURED:
+        if (value := fields[name]) is not None:
+            fields[name] = within(name, value, *RANGES[name][:2])
+    for points in fields["matmul"].values():
+        for point in points:
+            point[1] = within("matmul", point[1], *FLOPS_RANGE)
+    return hardware_from(fields, "this machine, as measured")
 
 
 def _with_profile(found: Hardware, device: BlockDevice) -> Hardware:
     """`found` with the read rate that aio_bench has kept meanwhile: it is measured with more care."""
     profile = load_profile(device)
     if profile is None or profile.read_rate is None:
+        return found
+    least, most, _ = RANGES["drive_read"]
+    if not least <= profile.read_rate <= most:
         return found
     fields = found.as_dict()
     fields["drive_read"] = profile.read_rate
@@ -201,7 +254,7 @@ def _curve(dtype: torch.dtype) -> tuple[Curve, bool]:
     Also whether the times varied as they do only when other programs compute at the same time.
     """
     each = WIDTH * WIDTH * dtype.itemsize
-    count = max(2, min(WORKING_SET, max(free_memory() // 4, LEAST_SET)) // each)
+    count = max(2, _working_set() // each)
     # Like streamed parameters, these require grad: torch takes another path for those that do not.
     # Random values: with one value throughout, processors draw less power and compute faster than in a model.
     random = torch.Generator().manual_seed(0)
@@ -221,27 +274,65 @@ def _product(x: torch.Tensor, weights: Sequence[torch.Tensor], turn: int) -> tor
     return torch.nn.functional.linear(x, weights[turn % len(weights)])
 
 
+def _working_set() -> int:
+    """Bytes to go through in turn, so that each has left the processor's caches when its turn comes again."""
+    return min(max(WORKING_SET, BEYOND * _cache_bytes()), max(free_memory() // 4, LEAST_SET))
+
+
+def _cache_bytes() -> int:
+    """What the processors' largest caches hold together; 0 where the kernel does not tell."""
+    most = 0
+    for folder in CACHES.glob("index*"):
+        try:
+            size = parse_size((folder / "size").read_text().strip())
+            shared = sum(
+                int(last or first) - int(first) + 1
+                for first, _, last in (
+                    part.partition("-")
+                    for part in (folder / "shared_cpu_list").read_text().strip().split(",")
+                )
+            )
+        except (OSError, ValueError):
+            continue
+        most = max(most, size * -(-(os.cpu_count() or 1) // max(shared, 1)))
+    return most
+
+
 def _copy_rate() -> float:
-    """Bytes read and written a second by an operator that allocates its result."""
+    """Bytes read and written a second by an operator that allocates its result.
+
+    Parts and results each fill half a working set: what is read comes from memory, and what is written ends there.
+    """
+    count = max(2, _working_set() // (2 * COPY_BYTES))
     # Ones: pages of zeros that nobody wrote are all the same one.
-    parts = [torch.ones(COPY_BYTES // 4, dtype=torch.bfloat16) for _ in range(2)]
-    return 2 * COPY_BYTES / statistics.median(_times(lambda _: torch.cat(parts)))
+    parts = [torch.ones(COPY_BYTES // 4, dtype=torch.bfloat16) for _ in range(2 * count)]
+    results: deque[torch.Tensor] = deque(maxlen=count)
+
+    def join(turn: int) -> None:
+        first = 2 * (turn % count)
+        results.append(torch.cat(parts[first : first + 2]))
+
+    for turn in range(count):  # pages that are new to the process would cost their first touch
+        join(turn)
+    return 2 * COPY_BYTES / statistics.median(_times(join))
 
 
 def _attention_rate() -> float:
     """Bytes of keys and values a second that fused attention reads for one query a head."""
     sequences, heads, tokens, width = ATTENTION
     query = torch.full((sequences, heads, 1, width), 0.1, dtype=torch.bfloat16)
-    # Several, so that the cache of one layer is not in the processor's when its turn comes again.
-    caches = [torch.full((sequences, heads, tokens, width), 0.1, dtype=torch.bfloat16) for _ in range(8)]
+    # As many, of keys and of values, as one layer's would follow another's in a large model.
+    each = sequences * heads * tokens * width * torch.bfloat16.itemsize
+    count = max(4, _working_set() // each) // 2 * 2
+    caches = [torch.full((sequences, heads, tokens, width), 0.1, dtype=torch.bfloat16) for _ in range(count)]
     seconds = statistics.median(
         _times(
             lambda turn: torch.nn.functional.scaled_dot_product_attention(
-                query, caches[2 * turn % 8], caches[(2 * turn + 1) % 8]
+                query, caches[2 * turn % count], caches[(2 * turn + 1) % count]
             )
         )
     )
-    return 2 * caches[0].nbytes / seconds
+    return 2 * each / seconds
 
 
 def _operator_seconds() -> float:

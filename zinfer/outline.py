@@ -20,8 +20,16 @@ from zinfer.synth.inventory import take_inventory
 from zinfer.synth.shapes import SHAPES, resolve_config
 from zinfer.synth.writer import plan_shards
 from zinfer.weights.checkpoint import Checkpoint, find_shards, open_checkpoint
-from zinfer.weights.loading import check_config, load_config, model_class, symbolic_model
+from zinfer.weights.loading import (
+    HUB_KEYWORDS,
+    REFUSALS,
+    check_config,
+    load_config,
+    model_class,
+    symbolic_model,
+)
 from zinfer.weights.safetensors_header import TensorEntry
+from zinfer.wording import brief
 
 SHARD_BYTES = 5_000_000_000  # as `zinfer synth` and the hub's tools split
 
@@ -41,7 +49,8 @@ def outline_of(model: Any, dtype: Any, options: dict[str, Any]) -> Outline:
     config object.
 
     `dtype` as for zinfer.run; of a config alone it is the dtype of the checkpoint to be. `options`: further
-    from_pretrained keywords. Raises CheckpointError and OptionError.
+    from_pretrained keywords: a folder of weights takes those that shape its model, anything else takes none. Raises
+    CheckpointError and OptionError.
     """
     if isinstance(model, nn.Module):
         raise OptionError(
@@ -52,7 +61,7 @@ def outline_of(model: Any, dtype: Any, options: dict[str, Any]) -> Outline:
         return _from_config(copy.deepcopy(model), type(model).__name__, dtype)
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(name, str) or not name or "\0" in name:
-        raise OptionError(f"model={model!r} is no path, shape, hub id or config")
+        raise OptionError(f"model={brief(model)} is no path, shape, hub id or config")
     if os.path.isdir(name) and find_shards(name) is not None:
         return _from_checkpoint(name, dtype, options)
     _refuse(options, name)
@@ -71,9 +80,16 @@ def _refuse(options: dict[str, Any], name: str) -> None:
 
 
 def _from_checkpoint(folder: str, dtype: Any, options: dict[str, Any]) -> Outline:
+    without_effect = sorted({*HUB_KEYWORDS, "subfolder", "variant", "config"} & options.keys())
+    if without_effect:
+        raise OptionError(
+            f"{without_effect} has no effect: {folder} is a local folder, planned for as it is; name the folder that "
+            "has the config and the weights to plan for"
+        )
     config, unused = load_config(folder, dict(options))
     check_config(config, folder)
-    cls = model_class(config, folder, trust_remote_code=False)
+    unused.pop("trust_remote_code", None)
+    cls = model_class(config, folder, bool(options.get("trust_remote_code")))
     model: Any = symbolic_model(open_checkpoint(folder), config, cls, dtype, unused)
     return Outline(os.path.basename(os.path.abspath(folder)), model, folder, _name_of(model.dtype))
 
@@ -113,12 +129,12 @@ def _checkpoint_to_be(tensors: Any, name: str) -> Checkpoint:
 def _hub_config(name: str) -> Any:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise OptionError(
-            f"{name!r} is neither a folder, a config.json, a hub id (OWNER/NAME), nor a built-in shape; the "
+            f"{brief(name)} is neither a folder, a config.json, a hub id (OWNER/NAME), nor a built-in shape; the "
             f"built-in shapes are {', '.join(SHAPES)}"
         )
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except REFUSALS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name}: no such folder, and no config of it can be had from the hub ({reason}); check the name and "

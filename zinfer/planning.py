@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +12,33 @@ import torch
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
+from zinfer.kv_cache import Pass, cache_growth
+from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
 from zinfer.planner.assumed import Matrix, assumed_work
-from zinfer.planner.cost import Operator, Pass, Work, largest_batch, moved_bytes, sweep
-from zinfer.planner.hardware import Hardware, load_hardware
+from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
+from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
 from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import Held, Parts, check_offload, gather, least_budget, less_headroom
+from zinfer.streaming import (
+    HEADROOM,
+    HEADROOM_SHARE,
+    Held,
+    Parts,
+    check_offload,
+    gather,
+    least_budget,
+    less_headroom,
+)
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
+from zinfer.wording import brief
 
-DEVICE_HEADROOM = (
-    1 << 30
-)  # bytes of a device left to its context, the libraries' workspaces and the allocator
+logger = logging.getLogger("zinfer")
+
+DEVICE_HEADROOM = 1 << 30  # bytes of a device left to its context, workspaces and the allocator
 MOST_TOKENS = 1 << 24
 
 
@@ -54,29 +67,36 @@ def plan(
         batch, prompt, new_tokens: sequences at once, tokens of each prompt, tokens generated for each.
         offload, dtype: as for zinfer.run. Of a model without weights, `dtype` is that of its checkpoint.
         remeasure: measure this machine again.
-        options: further from_pretrained keywords, for a checkpoint folder.
+        options: further from_pretrained keywords, for a checkpoint folder: trust_remote_code, attn_implementation ...
 
     The weights' places are those that zinfer.run would choose within the same budget; on hardware with a device they
     are chosen for device, host and drive. Times are predictions by the formula in planner/cost.py.
 
     Raises OptionError, CheckpointError and BudgetError (a budget too small or beyond the machine, a batch whose cache
-    cannot fit), the last with the number that would work; nothing is read from the weights by then.
+    cannot fit), the last with the number that would work, if any does; nothing is read from the weights by then.
     """
     check_offload(offload)
+    check_options(options, "zinfer.plan")
     _check_counts(batch=batch, prompt=prompt, new_tokens=new_tokens)
     if remeasure and hardware != "this":
         raise OptionError("remeasure has no effect on hardware other than 'this'")
     given = _hardware(hardware)  # its faults are told before the model is looked at
     ceilings = _ceilings(max_memory)
     with torch.inference_mode(False):
-        outline = outline_of(model, _dtype(dtype), options)
+        outline = outline_of(model, checked_dtype(dtype), options)
         machine = given or this_machine(_places(outline), refresh=remeasure)
+        logger.debug("planning for %s", machine.as_dict())
         _check_ceilings(ceilings, machine)
         held = gather(outline.model)
         work, notes = _work(outline, held, batch, prompt, new_tokens)
     task = _Task(
         held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
     )
+    if given is None and torch.cuda.is_available():
+        notes.append(
+            "this machine has a GPU, but zinfer computes on the CPU so far, and that is what is planned; for what a "
+            "GPU could do, give a hardware profile"
+        )
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 
@@ -127,14 +147,18 @@ class _Task:
     def place(self, batch: int) -> tuple[Parts, Tiers]:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
         host, device = self.budgets()
-        memory = self.work.memory(batch)
-        parts = self.parts(host)
         if self.hardware.has_device:
-            return parts, self._place_on_tiers(parts, host, device, memory)
-        cache = self.work.cache(batch)
+            return self._place_on_tiers(host, device, self.work.memory(batch))
+        return self._place_on_cpu(host, batch)
+
+    def _place_on_cpu(self, host: int, batch: int) -> tuple[Parts, Tiers]:
+        memory, cache = self.work.memory(batch), self.work.cache(batch)
+        parts = self.parts(host)
         streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
         least = self._least(host, cache if streams else 0)
         if least > host:
+            self._refuse_beyond_host(least)
+            self._place_on_cpu(least, batch)  # raises where that would not do either
             raise BudgetError(
                 f"the budget is {host} bytes; the smallest max_memory['cpu'] that works is {least} bytes with "
                 f"offload={self.offload!r}",
@@ -143,10 +167,12 @@ class _Task:
         taken = parts.fixed + memory
         available = host - parts.fixed
         left = less_headroom(self.free) - taken
-        if left < (smallest(parts.footprints) if parts.footprints and streams else 0):
+        needed = smallest(parts.footprints) if parts.footprints and streams else 0
+        if left < needed:
             raise BudgetError(
-                f"cache and activations take {memory} bytes of the {self.free} that are free, and leave too few for "
-                "the weights: make batch or prompt smaller"
+                f"cache and activations take {memory} bytes: with the weights that have to be in memory at once, "
+                f"{_with_headroom(taken + needed)} bytes would have to be free, and {self.free} are; make batch or "
+                "prompt smaller"
             )
         within = min(available - cache, left) if streams else available
         return parts, place_on_cpu(parts.footprints, available, within)
@@ -158,28 +184,78 @@ class _Task:
             needed = more
         return needed if needed > host else more
 
-    def _place_on_tiers(self, parts: Parts, host: int, device: int, memory: int) -> Tiers:
-        needed = smallest(parts.footprints) if parts.footprints else 0
-        needed += parts.small_bytes + memory
-        if needed > device:
+    def _refuse_beyond_host(self, needed: int) -> None:
+        """Raises BudgetError, without a budget that works, where the host does not have `needed` bytes."""
+        machine = self.hardware
+        stream = "" if self.offload in ("auto", "nvme") else ", stream with offload='nvme'"
+        if needed > less_headroom(machine.host_memory):
             raise BudgetError(
-                f"the device's budget is {device} bytes, but cache, activations, small tensors and the largest "
-                f"operator take more: the smallest max_memory[0] that works is {needed} bytes",
-                needed,
+                f"{needed} bytes of host memory are needed with offload={self.offload!r}, and {machine.name} has "
+                f"{machine.host_memory}, of which zinfer takes {less_headroom(machine.host_memory)} at most: no "
+                f"max_memory['cpu'] works there; make batch or prompt smaller{stream}, or plan for a larger "
+                "machine"
             )
-        available = device - memory - parts.small_bytes
-        drive = self.offload in ("auto", "nvme")
-        try:
-            return place_on_tiers(parts.footprints, available, host - parts.bounce, drive=drive)
-        except BudgetError as error:
-            least = (error.smallest or 0) + parts.bounce
-            more = self.parts(least)  # a larger budget has larger buffers
-            least = max(least, (error.smallest or 0) + more.bounce)
+        if needed > less_headroom(self.free):
+            raise BudgetError(
+                f"{needed} bytes of host memory are needed with offload={self.offload!r}, for which "
+                f"{_with_headroom(needed)} would have to be free, and {self.free} are: end other programs first, or "
+                "make batch or prompt smaller"
+            )
+
+    def _place_on_tiers(self, host: int, device: int, memory: int) -> tuple[Parts, Tiers]:
+        """As place(); a larger host budget keeps more small tensors on the device, so both are looked at together."""
+        least = host
+        while True:
+            parts = self.parts(least)
+            self._check_device(parts, least, device, memory, alone=least == host)
+            try:
+                tiers = self._divide(parts, least, device - memory - parts.small_bytes)
+            except BudgetError as error:
+                least = (error.smallest or 0) + parts.bounce  # more than it was, as too little was available
+                self._refuse_beyond_host(least)
+                continue
+            if least == host:
+                return parts, tiers
             raise BudgetError(
                 f"the host's budget is {host} bytes with offload={self.offload!r}: the smallest max_memory['cpu'] that "
                 f"works is {least} bytes",
                 least,
+            )
+
+    def _check_device(self, parts: Parts, host: int, device: int, memory: int, *, alone: bool) -> None:
+        """Raises BudgetError where the device cannot hold what has to be there at once.
+
+        `alone`: `host` is the budget that was given, so that the device's is the only one to change.
+        """
+        needed = smallest(parts.footprints) if parts.footprints else 0
+        needed += parts.small_bytes + memory
+        if needed <= device:
+            return
+        what = f"cache, activations, small tensors and the largest operator take {needed} bytes of the device"
+        if needed > self.hardware.device_memory:
+            raise BudgetError(
+                f"{what}, and {self.hardware.name} has {self.hardware.device_memory}: no max_memory[0] works there; "
+                "make batch or prompt smaller, or plan for a larger device"
+            )
+        try:
+            self._place_on_tiers(host, needed, memory)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{what}, whose budget is {device}; and with max_memory[0] that large, {error}"
             ) from error
+        if not alone:
+            raise BudgetError(
+                f"{what}, whose budget is {device}: max_memory['cpu'] of {host} and max_memory[0] of {needed} bytes "
+                "work"
+            )
+        raise BudgetError(
+            f"{what}, whose budget is {device}: the smallest max_memory[0] that works is {needed} bytes",
+            needed,
+        )
+
+    def _divide(self, parts: Parts, host: int, on_device: int) -> Tiers:
+        drive = self.offload in ("auto", "nvme")
+        return place_on_tiers(parts.footprints, on_device, host - parts.bounce, drive=drive)
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""
@@ -226,6 +302,12 @@ def _plan(
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
     host_budget, device_budget = task.budgets()
+    if task.ceilings.get("cpu", 0) > host_budget:
+        notes = [
+            *notes,
+            f"max_memory['cpu'] is {task.ceilings['cpu']} bytes; {host_budget} are planned with: what can be had, "
+            "less headroom",
+        ]
     small_bytes = parts.small_bytes
     total = sum(nbytes) + small_bytes
     return Plan(
@@ -263,14 +345,16 @@ def _plan(
     )
 
 
-def _with_conversions(work: Pass, parts: Parts, of_weight: Sequence[int], kept: frozenset[int]) -> Pass:
+def _with_conversions(
+    work: PassWork, parts: Parts, of_weight: Sequence[int], kept: frozenset[int]
+) -> PassWork:
     """`work` and what replaying the weights that are not placed as they are costs: each is read and written again."""
     replays = [
         Operator("copy", str(weight.dtype).removeprefix("torch."), 1, 0, weight.read_bytes + weight.nbytes)
         for index, weight in zip(of_weight, parts.weights, strict=True)
         if index not in kept and not isinstance(weight.provenance, Placed)
     ]
-    return Pass((*work.operators, *replays), work.asks)
+    return PassWork((*work.operators, *replays), work.asks)
 
 
 def _work(
@@ -302,28 +386,23 @@ def _work(
         if item.tensor.dim() > 1 and not isinstance(item.slots[0].owner, torch.nn.Embedding)
     ]
     itemsize = getattr(torch, outline.dtype).itemsize
-    hidden = int(getattr(config, "hidden_size", 0) or 0)
-    heads = int(getattr(config, "num_attention_heads", 0) or 1)
-    kv_heads = int(getattr(config, "num_key_value_heads", 0) or heads)
-    head_dim = int(getattr(config, "head_dim", 0) or hidden // heads)
-    work = assumed_work(
-        matrices,
-        batch,
-        prompt,
-        new_tokens,
-        layers=int(getattr(config, "num_hidden_layers", 0) or 0),
-        key_width=2 * kv_heads * head_dim * itemsize,
-        hidden=hidden * itemsize,
-    )
+    caches = outline.model.can_generate()
+
+    def cache_at(tokens: int) -> int:
+        # As a run foresees it: before there is a cache, its size comes from the config.
+        return cache_growth(None, config, itemsize, Pass(batch, tokens, 1)).nbytes if caches else 0
+
+    hidden = int(getattr(config, "hidden_size", 0) or 0) * itemsize
+    work = assumed_work(matrices, batch, prompt, new_tokens, cache_at=cache_at, hidden=hidden)
     return work, notes
 
 
 def _hardware(hardware: str | Hardware) -> Hardware | None:
     """The machine named; None for this one, which is measured once it is known which drive counts."""
     if isinstance(hardware, Hardware):
-        return hardware
+        return checked_hardware(hardware)
     if not isinstance(hardware, str) or not hardware:
-        raise OptionError(f"hardware={hardware!r}: give 'this', a profile's name, a file, or a Hardware")
+        raise OptionError(f"hardware={brief(hardware)}: give 'this', a profile's name, a file, or a Hardware")
     return None if hardware == "this" else load_hardware(hardware)
 
 
@@ -337,11 +416,13 @@ def _ceilings(max_memory: Mapping[Any, int | str] | None) -> dict[str | int, int
         return {}
     if not isinstance(max_memory, Mapping):
         raise OptionError(
-            f"max_memory is {max_memory!r}; give a mapping such as {{'cpu': '8GiB', 0: '20GiB'}}"
+            f"max_memory is {brief(max_memory)}; give a mapping such as {{'cpu': '8GiB', 0: '20GiB'}}"
         )
     unknown = [key for key in max_memory if key != "cpu" and (key != 0 or isinstance(key, bool))]
     if unknown:
-        raise OptionError(f"max_memory has entries for {unknown}; the planner knows 'cpu' and the device 0")
+        raise OptionError(
+            f"max_memory has entries for {brief(unknown)}; the planner knows 'cpu' and the device 0"
+        )
     return {key: parse_size(size) for key, size in max_memory.items()}
 
 
@@ -354,22 +435,17 @@ def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware) -> None:
     for key, most in (("cpu", hardware.host_memory), (0, hardware.device_memory)):
         if ceilings.get(key, 0) > most:
             raise BudgetError(
-                f"max_memory[{key!r}] is {ceilings[key]} bytes, but {hardware.name} has {most}; ask for at most that"
+                f"max_memory[{key!r}] is {brief(ceilings[key])} bytes, but {hardware.name} has {most}; ask for at most "
+                "that"
             )
 
 
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if type(value) is not int or not 1 <= value <= MOST_TOKENS:
-            raise OptionError(f"{name}={value!r}: it is a whole number from 1 to {MOST_TOKENS}")
+            raise OptionError(f"{name}={brief(value)}: it is a whole number from 1 to {MOST_TOKENS}")
 
 
-def _dtype(dtype: Any) -> Any:
-    if isinstance(dtype, str) and dtype == "auto":
-        return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise OptionError(
-            f"dtype={dtype!r} is no floating-point dtype of torch; write for example 'bfloat16' or 'auto'"
-        )
-    return found
+def _with_headroom(needed: int) -> int:
+    """Bytes that have to be free for less_headroom() to leave `needed` of them."""
+    return needed + min(HEADROOM, -(-needed // (HEADROOM_SHARE - 1)))

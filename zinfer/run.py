@@ -16,6 +16,7 @@ from zinfer import store
 from zinfer.attach import attach
 from zinfer.errors import OptionError
 from zinfer.locate import bring_to_drive, local_folder
+from zinfer.options import REFUSED, checked_dtype
 from zinfer.planner.memory import cpu_ceiling
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
@@ -34,35 +35,6 @@ from zinfer.weights.loading import (
 from zinfer.weights.safetensors_header import TensorEntry
 from zinfer.weights.symbolic import SymbolicTensor
 
-# from_pretrained keywords that decide what zinfer decides, or that it would silently ignore.
-REFUSED = {
-    "device_map": "zinfer places the weights; use offload= and max_memory=",
-    "offload_folder": "zinfer reads the checkpoint in place; use nvme_path=",
-    "offload_state_dict": "zinfer never holds a whole state dict",
-    "offload_buffers": "buffers stay in memory",
-    "low_cpu_mem_usage": "zinfer reads no weight at load",
-    "state_dict": "pass the checkpoint's folder, or a live module",
-    "quantization_config": "quantised streaming is not supported yet",
-    "load_in_8bit": "quantised streaming is not supported yet",
-    "load_in_4bit": "quantised streaming is not supported yet",
-    "gguf_file": "only safetensors and .bin checkpoints are supported",
-    "torch_dtype": "use dtype=",
-    "proxies": "set HTTPS_PROXY in the environment",
-    "tp_plan": "zinfer runs on one device",
-    "distributed_config": "zinfer runs on one device",
-    "use_safetensors": "zinfer takes safetensors where there are any",
-    "weights_only": ".bin files are always read with weights_only",
-    "ignore_mismatched_sizes": "zinfer never invents weights",
-    "output_loading_info": "a checkpoint that does not match is an error",
-    "adapter_kwargs": "adapters are not loaded; merge them into the checkpoint",
-    "adapter_name": "adapters are not loaded; merge them into the checkpoint",
-    "tp_size": "zinfer runs on one device",
-    "device_mesh": "zinfer runs on one device",
-    "tqdm_class": "use progress=",
-    "mirror": "transformers ignores it; set HF_ENDPOINT",
-    "from_tf": "only safetensors and .bin checkpoints are supported",
-    "from_flax": "only safetensors and .bin checkpoints are supported",
-}
 HUB_KEYWORDS = {"revision", "token", "cache_dir", "local_files_only", "force_download", "trust_remote_code"}
 MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "use_kernels")
 
@@ -151,13 +123,13 @@ def _run_checkpoint(
     where = bring_to_drive(folder, variant, nvme_path, offload, show)
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
-    model = symbolic_model(checkpoint, config, cls, _dtype(dtype), {**unused, **model_options})
+    model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
     streaming = stream(model, offload=offload, ceiling=ceiling, progress=show, recorder=recorder)
     predict = None
     if as_saved:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
         budget = streaming.account.ceiling
-        predict = partial(predicted_sweep, where, budget, offload, _dtype(dtype), plan_options)
+        predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
     return attach(
         model, Runtime(model, streaming, where, offload, written, recorder=recorder, predict=predict)
     )
@@ -257,14 +229,3 @@ def _check_device(device: str | torch.device | None) -> None:
         raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if kind != "cpu":
         raise OptionError(f"device={device!r}: this version computes on the CPU; leave device out")
-
-
-def _dtype(dtype: str | torch.dtype) -> Any:
-    if isinstance(dtype, str) and dtype == "auto":
-        return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise OptionError(
-            f"dtype={dtype!r} is no floating-point dtype of torch; write for example 'bfloat16' or 'auto'"
-        )
-    return found

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import zinfer
-from benchmarks import BenchmarkError, bench, bound, cgroup, growth, sweep, versus, worker
-from benchmarks.bench import PauseHost
+from benchmarks import BenchmarkError, bench, bound, cgroup, growth, sweep, turns, versus, worker
+from benchmarks.bench import PauseHost, RunFailed, tried_twice
 from benchmarks.drive import drive_of
 from benchmarks.tools.accelerate import disk_map
 from benchmarks.turns import Turns, take_turns
 from benchmarks.worker import Task
-from tests.benchmarks.runs import USAGE
+from tests.benchmarks.runs import USAGE, a_run
+from tests.planner.machines import cpu
 from zinfer.synth import synthesise
 
 
@@ -112,8 +113,26 @@ def test_with_and_without_zinfer_take_turns_on_the_same_tensors(tiny):
     assert overhead.tokens_equal
 
 
+def test_turns_are_taken_with_every_weight_resident(tiny):
+    model = zinfer.run(tiny, offload="nvme", max_memory={"cpu": turns.roomy(tiny)}, progress=False)
+    with model, torch.no_grad():
+        assert turns.streamed_weights(model)
+        turns.settle(model, [1, 2, 3])
+        assert not turns.streamed_weights(model)
+
+
+def test_weights_that_never_become_resident_end_the_turns(tiny, monkeypatch):
+    monkeypatch.setattr(turns, "SETTLE_SECONDS", 0)
+    with (
+        zinfer.run(tiny, offload="nvme", max_memory={"cpu": 4 << 20}, progress=False) as model,
+        pytest.raises(BenchmarkError, match="still stream"),
+    ):
+        turns.settle(model, [1])
+
+
 def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatch, in_this_process):
-    monkeypatch.setattr(sweep, "predicted", lambda *_: 0.01)  # it measures the machine
+    monkeypatch.setattr(sweep, "measured_now", lambda _: cpu())
+    monkeypatch.setattr(sweep, "predicted", lambda *_: 0.01)
     monkeypatch.setattr(sweep, "take_turns", lambda _: bound.Overhead([1.01, 1.01], [1.0, 1.0], True))
     out = tmp_path / "sweep.json"
     cells = ["--percent", "60", "120", "--batches", "1", "3", "--rounds", "1", "--counted", "2", "3"]
@@ -122,6 +141,8 @@ def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatc
     result, required = content(out)
     assert required["tokens equal at each batch (1: yes)"]["met"]
     assert required["everything resident: s a token with zinfer / without"]["met"]
+    assert required["runs that failed twice"]["met"]
+    assert result["figures"]["hardware"]["name"] == cpu().name
     assert required["zinfer's account with the KV cache / budget"]["met"]
     runs = result["rounds"][0]["cells"]
     assert list(runs) == ["60 %, batch 1", "120 %, batch 1", "60 %, batch 3", "120 %, batch 3"]
@@ -139,16 +160,16 @@ def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatc
 
 
 def test_the_sweep_asks_the_planner_for_each_cell(monkeypatch):
-    asked = []
+    asked, machine = [], cpu()
 
     def plan(checkpoint, **options):
         asked.append((checkpoint, options))
         return SimpleNamespace(seconds_a_token=1.5)
 
     monkeypatch.setattr(zinfer, "plan", plan)
-    assert sweep.predicted("checkpoint", 7 << 20, 32, 16, 11) == 1.5
+    assert sweep.predicted(machine, "checkpoint", 7 << 20, 32, 16, 11) == 1.5
     options = {"max_memory": {"cpu": 7 << 20}, "batch": 32, "prompt": 16, "new_tokens": 11}
-    assert asked == [("checkpoint", {"hardware": "this", **options})]
+    assert asked == [("checkpoint", {"hardware": machine, **options})]
 
 
 def test_the_sweep_refuses_a_model_that_does_not_fit_memory(tiny, monkeypatch):
@@ -164,7 +185,8 @@ def test_growth_compares_models_of_one_width(tiny, tmp_path, in_this_process):
     sizes += ["--patience", "0", "--repeats", "0"]
     growth.main(["--folder", str(tmp_path), *sizes, "--json", str(out)])
     result, required = content(out)
-    assert len(required) == 5
+    assert len(required) == 6
+    assert required["runs that failed twice"]["met"]
     # One weight is a tenth of this budget: the accounts differ by what does not fit, but none is above.
     assert required["growth of zinfer's account, x1 to the largest"]["measured"] < 0.15
     assert all(spread["high"] <= 3 << 20 for spread in result["figures"]["peaks"]["zinfer's account"])
@@ -197,3 +219,52 @@ def test_accelerate_gets_every_layer_on_disk_and_the_rest_in_memory(tiny):
         f"model.layers.{i}" for i in range(4)
     }
     assert places["lm_head"] == places["model.embed_tokens"] == "cpu"
+
+
+def test_a_run_that_fails_once_is_repeated_and_one_that_fails_twice_is_told(capsys):
+    outcomes = iter(
+        [RunFailed("zinfer", "first", "tail"), 7, RunFailed("zinfer", "second", ""), BenchmarkError("x\ny")]
+    )
+
+    def work():
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    failed = []
+    assert tried_twice(work, "a", failed) == 7
+    assert not failed
+    assert tried_twice(work, "b", failed) is None
+    assert failed == ["b: x"]
+    assert "first" in capsys.readouterr().err
+
+
+class EveryOtherFails:
+    """A Bench whose runs of one label fail."""
+
+    def __init__(self, label):
+        self.label, self.discarded = label, []
+
+    def run(self, task, limit, label=""):
+        if label == self.label:
+            raise RunFailed("zinfer", "no reason", "")
+        return a_run()
+
+
+def test_a_cell_that_fails_loses_neither_its_round_nor_the_others(tiny, monkeypatch):
+    cells = [bound.Cell(50, 1 << 20, 1), bound.Cell(75, 2 << 20, 1)]
+    options = sweep._parse(["--checkpoint", tiny, "--batches", "1", "--counted", "3"])
+    overhead = bound.Overhead([1.0], [1.0], True)
+    monkeypatch.setattr(sweep, "take_turns", lambda _: overhead)
+    found = sweep.Sweep(options, tiny, cells, EveryOtherFails("50 %, batch 1"))
+    found.round(0)
+    found.bench.label = "in memory, batch 1"
+    found.round(1)
+    found.bench.label = "none"
+    found.round(2)
+    assert found.failed == ["50 %, batch 1, round 1: no reason", "in memory, batch 1, round 2: no reason"]
+    assert [len(found.points[cell]) for cell in cells] == [1, 2]
+    assert len(found.overheads) == len(found.rounds) == 3
+    assert list(found.rounds[0]["cells"]) == ["75 %, batch 1"]
+    assert found.rounds[1]["in_memory"] == {}

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import BenchmarkError, tools, versus
+from benchmarks.bench import RunFailed
 from benchmarks.cells import Cell, Found, Step, difference, plan, seconds_left
 from benchmarks.peers import PEERS, TOOLS, python_of
 from benchmarks.tools import deepspeed, llamacpp
@@ -89,6 +90,70 @@ def test_each_peer_has_its_own_factor_in_the_headline_cell():
     assert ratio.format("llama.cpp mmap") not in met([cell], None)
 
 
+def test_a_ratio_that_there_is_not_counts_as_none():
+    name = "seconds a token at 3GiB:1, DeepSpeed ZeRO-3 NVMe / zinfer"
+    without_peer = found(zinfer=[1.0], accelerate=[3.0])
+    assert met([without_peer], without_peer)[name].measured == 0
+    without_zinfer = found(deepspeed=[3.0])
+    assert met([without_zinfer], without_zinfer)[name].measured == 0
+    assert name not in met([without_peer], without_peer, ["zinfer", "accelerate"])
+
+
+def test_a_peer_that_ran_nowhere_is_a_comparison_that_was_not_made():
+    name = "peers that ran in a cell at least"
+    cells = [found(zinfer=[1.0], accelerate=[3.0]), found(OTHER, zinfer=[1.0], deepspeed=[3.0])]
+    names = ["zinfer", "accelerate", "deepspeed"]
+    assert met(cells, None, names)[name].met
+    assert not met(cells, None, [*names, "airllm"])[name].met
+
+
+def test_where_zinfer_did_not_run_every_peer_that_did_was_ahead():
+    required = met([found(accelerate=[9.0], airllm=[9.0])])
+    assert required["peers as fast a token or faster, over all cells"].measured == 2
+    assert required["peers whose first token came sooner, over all cells"].measured == 2
+
+
+def test_a_cell_in_which_zinfer_failed_in_any_round_does_not_count_as_run_and_says_why():
+    cell = found(zinfer=[1.0, 1.0], deepspeed=[9.0, 9.0, 9.0])
+    cell.failed["zinfer"] = "in round 3: killed: out of memory"
+    required = met([cell], cell, ["zinfer", "deepspeed"])
+    assert not required["cells in which zinfer ran"].met
+    assert required["seconds a token at 3GiB:1, DeepSpeed ZeRO-3 NVMe / zinfer"].measured == 0
+    row = cell_table(cell, ["zinfer"], None).splitlines()[2]
+    assert row.startswith("| zinfer | failed in round 3: killed: out of memory | 1.00 |")
+
+
+def test_a_peer_that_failed_in_a_later_round_says_so_beside_its_figures():
+    cell = found(zinfer=[1.0, 1.0], deepspeed=[2.0])
+    cell.failed["deepspeed"] = "in round 2: stopped after 900 s"
+    row = cell_table(cell, ["zinfer", "deepspeed"], None).splitlines()[3]
+    assert "| 2.00 x; failed in round 2: stopped after 900 s | 2.00 |" in row
+    assert "2.00 (then failed)" in summary_table([cell], ["zinfer", "deepspeed"], "seconds_a_token", 2)
+
+
+def test_a_run_that_fails_later_is_told_with_its_round(monkeypatch):
+    class Failing:
+        def run(self, task: object, limit: int) -> object:
+            ran.append(task)
+            if len(ran) == 2:
+                raise RunFailed("zinfer", "no memory", "")
+            return a_run()
+
+    ran: list[object] = []
+    options = versus._parse(["--checkpoint", "x", "--tools", "zinfer"])
+    compared = versus.Versus(options, "x", "s", ["zinfer"], Failing(), {CELL: Found(CELL)})
+    monkeypatch.setattr(compared, "task", lambda tool, batch, counted: (tool, batch, counted))
+    compared.run_cells({CELL: 3}, CELL)
+    assert compared.cells[CELL].failed == {"zinfer": "in round 2: no memory"}
+    assert list(compared.cells[CELL].runs["zinfer"]) == [0]
+    assert len(ran) == 2
+
+
+def test_a_cells_title_tells_how_many_rounds_it_has():
+    assert found(zinfer=[1.0], accelerate=[1.0, 1.0]).title == "3GiB, batch 1 (2 rounds)"
+    assert found(OTHER, zinfer=[1.0]).title == "1GiB, batch 32 (1 round)"
+
+
 def test_a_peer_that_is_as_fast_anywhere_is_counted():
     ahead, behind = found(zinfer=[1.0], accelerate=[2.0]), found(OTHER, zinfer=[1.0], accelerate=[1.0])
     faster = "peers as fast a token or faster, over all cells"
@@ -122,7 +187,9 @@ def test_the_tables_show_ratios_reasons_and_rounds():
     assert [row.split(" | ")[1] for row in rows] == ["", "killed: out of memory", "3.00 (2.00-4.00) x", ""]
     assert "1 of 1 rows differ" in rows[0]
     assert len({row.count("|") for row in rows}) == 1
-    assert "| 3GiB, batch 1 | 1.00 | - | 3.00 |" in summary_table([cell], names, "seconds_a_token", 2)
+    assert "| 3GiB, batch 1 (2 rounds) | 1.00 | - | 3.00 |" in summary_table(
+        [cell], names, "seconds_a_token", 2
+    )
     assert "| 2 | 1.000 | 4.000 |" in rounds_table(cell, names)
 
 

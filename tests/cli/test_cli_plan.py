@@ -7,6 +7,8 @@ import json
 import pytest
 
 import zinfer
+from tests.planner.machines import cpu
+from zinfer import hardware_probe
 from zinfer.planner.hardware import load_hardware
 
 SMALL = {
@@ -93,3 +95,27 @@ def test_help_names_the_command_and_its_machines(command):
 def test_a_model_that_is_nowhere_is_an_option_error(command):
     status, _, err = command("plan", "llama-9-1t", "--hardware", "h200")
     assert status == 2 and "llama-3.1-405b" in err
+
+
+@pytest.fixture
+def measured(monkeypatch) -> None:
+    """A measurement of this machine that takes no time."""
+    monkeypatch.setattr(hardware_probe, "_measure", lambda *_: (cpu(), False))
+
+
+def test_that_the_machine_is_measured_is_told_once_on_stderr(command, config, measured):
+    status, out, err = command("plan", config, "--prompt", "8", "--json")
+    assert status == 0 and json.loads(out)["hardware"] == "a made-up CPU"
+    assert "measuring drive, memory and arithmetic of this machine" in err
+    assert command("plan", config, "--prompt", "8")[2] == ""
+
+
+def test_debug_tells_what_is_planned_for(command, config):
+    asked = ("plan", config, "--hardware", "a6000", "--prompt", "8")
+    assert "planning for" in command(*asked, "--debug")[2]
+    assert "planning for" not in command(*asked)[2]
+
+
+def test_trust_in_code_that_there_is_none_of_is_refused(command, config):
+    status, _, err = command("plan", config, "--hardware", "a6000", "--trust-remote-code")
+    assert status == 2 and "trust_remote_code" in err

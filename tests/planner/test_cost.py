@@ -12,7 +12,7 @@ from zinfer.planner.cost import (
     MOST_BATCH,
     Bounds,
     Operator,
-    Pass,
+    PassWork,
     Work,
     compute_seconds,
     largest_batch,
@@ -22,7 +22,7 @@ from zinfer.planner.plan import times
 
 GB = 10**9
 ROW = Operator("matmul", "float32", 1, flops=2 * GB, nbytes=4 * GB)
-EMPTY = Pass((), ((0, 1.0), (1, 1.0), (2, 0.5)))
+EMPTY = PassWork((), ((0, 1.0), (1, 1.0), (2, 0.5)))
 SIZES = [GB, 2 * GB, 4 * GB]
 
 
@@ -73,6 +73,13 @@ def test_the_largest_batch_is_the_last_that_fits(last):
 
     assert largest_batch(fits) == last
     assert len(asked) < 45
+    assert max(asked) <= MOST_BATCH
+
+
+def test_no_batch_beyond_the_limit_of_the_search_is_tried():
+    asked = []
+    assert largest_batch(lambda batch: asked.append(batch) or True) == MOST_BATCH
+    assert max(asked) == MOST_BATCH
 
 
 def test_cache_and_activations_grow_with_the_batch():
@@ -82,8 +89,9 @@ def test_cache_and_activations_grow_with_the_batch():
 
 def test_where_nothing_is_known_a_weight_is_two_flops_a_row():
     matrices = [Matrix(0, 10, 20, "bfloat16"), Matrix(3, 100, 200, "bfloat16")]
-    work = assumed_work(matrices, 2, 8, 4, layers=3, key_width=16, hidden=4)
+    work = assumed_work(matrices, 2, 8, 4, cache_at=lambda tokens: 96 * tokens, hidden=4)
     assert work.prefill.flops == 2 * 110 * 16
     assert work.decode.flops == 2 * 110 * 2
     assert work.decode.asks == ((0, 1.0), (3, 1.0))
-    assert work.cache_bytes == 2 * 3 * 16 * (8 + 3)
+    assert work.cache_bytes == 96 * (8 + 3)
+    assert work.decode.operators[-1].nbytes == 96 * (8 + 2)

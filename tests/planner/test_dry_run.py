@@ -112,7 +112,12 @@ def test_all_experts_are_read_unless_they_are_read_on_demand():
 
     assert shares("qwen3_moe") == {1.0}
     (share,) = shares("qwen3_moe_eager_experts")
-    assert share == pytest.approx(1 - (1 - 1 / 8) ** (BATCH * 2))  # 8 experts, 2 for each of the rows
+    assert share == pytest.approx(1 - (1 - 2 / 8) ** BATCH)  # 8 experts, 2 distinct ones for each of the rows
+
+
+def test_a_token_that_chooses_every_expert_reads_them_all():
+    work, held = work_of("qwen3_moe_eager_experts", num_experts_per_tok=8)
+    assert {share for index, share in work.decode.asks if held[index].tensor.dim() == 3} == {1.0}
 
 
 class ReadsItsInput(transformers.LlamaForCausalLM):
@@ -131,4 +136,20 @@ def test_a_model_that_looks_at_its_data_says_so():
     held = gather(model)
     model.__class__ = ReadsItsInput
     with pytest.raises(DryRunError, match="item"):
+        dry_run(model, held, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError, ZeroDivisionError, ImportError, RecursionError, NotImplementedError, KeyError]
+)
+def test_whatever_a_model_raises_without_data_is_a_refusal(error, monkeypatch):
+    config = copy.deepcopy(architectures.CAUSAL["llama"][1])
+    model = outline_of(config, torch.float32, {}).model
+    held = gather(model)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error("no data")
+
+    monkeypatch.setattr(type(model), "forward", refuse)
+    with pytest.raises(DryRunError, match=error.__name__):
         dry_run(model, held, 1, 4, 4)

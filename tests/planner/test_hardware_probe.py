@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.planner.machines import cpu
 from zinfer import hardware_probe
 from zinfer.aio.block_device import block_device_of
+from zinfer.aio.probe import DriveRate
 from zinfer.aio.profile import Profile, save_profile
 from zinfer.errors import OptionError
 from zinfer.hardware_probe import cache_path, this_machine
+
+CONDITIONS = ["method", "cpu", "torch", "transformers", "threads", "memory"]
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def measurements(monkeypatch) -> list[list[str]]:
 
     def measure(paths: list[str], device: object) -> object:
         made.append(paths)
-        return cpu(drive_read=1e9 + len(made))
+        return cpu(drive_read=1e9 + len(made)), False
 
     monkeypatch.setattr(hardware_probe, "_measure", measure)
     return made
@@ -38,6 +43,7 @@ def measurements(monkeypatch) -> list[list[str]]:
 def test_the_machine_is_measured_as_it_is(shard, monkeypatch):
     monkeypatch.setattr(hardware_probe, "SECONDS", 0.005)
     monkeypatch.setattr(hardware_probe, "WORKING_SET", 16 << 20)
+    monkeypatch.setattr(hardware_probe, "BEYOND", 0)
     monkeypatch.setattr(hardware_probe, "ROWS", (1, 8))
     monkeypatch.setattr(hardware_probe, "WIDTH", 512)
     monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
@@ -56,10 +62,10 @@ def test_a_second_plan_takes_the_figures_of_the_first(shard, measurements):
     assert this_machine([shard]) == first
     assert len(measurements) == 1
     (record,) = json.loads(cache_path().read_text())["drives"].values()
-    assert record["measured"] and set(record["conditions"]) == {"torch", "threads", "memory"}
+    assert record["measured"] and set(record["conditions"]) == set(CONDITIONS)
 
 
-@pytest.mark.parametrize("change", ["torch", "threads", "memory"])
+@pytest.mark.parametrize("change", CONDITIONS)
 def test_a_change_of_the_machine_is_measured_anew(shard, measurements, change, monkeypatch):
     this_machine([shard])
     before = hardware_probe._conditions()
@@ -85,7 +91,7 @@ def test_measuring_again_is_measuring_again(shard, measurements):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"schema": 0, "drives": {}}', '{"schema": 1, "drives": []}', "{"]
+    "text", ["", "[]", '{"schema": 0, "drives": {}}', '{"schema": 2, "drives": []}', "{"]
 )
 def test_a_damaged_cache_is_told_of_and_measured_anew(shard, measurements, text, caplog):
     cache_path().parent.mkdir(parents=True)
@@ -138,3 +144,90 @@ def test_a_machine_that_computes_something_else_meanwhile_is_told_of(shard, monk
         this_machine([shard])
     assert "other programs were computing" in caplog.text
     assert "--remeasure" in caplog.text
+    assert not cache_path().exists()
+
+
+def test_what_was_measured_while_others_computed_is_not_kept(shard, monkeypatch):
+    rates = iter([1e9, 2e9, 3e9])
+    busy = iter([False, True, False])
+    monkeypatch.setattr(hardware_probe, "_measure", lambda *_: (cpu(drive_read=next(rates)), next(busy)))
+    assert this_machine([shard]).drive_read == 1e9
+    assert this_machine([shard], refresh=True).drive_read == 2e9
+    assert this_machine([shard]).drive_read == 1e9
+    assert this_machine([shard], refresh=True).drive_read == 3e9
+    assert this_machine([shard]).drive_read == 3e9
+
+
+def test_an_implausible_figure_is_told_of_once_and_not_measured_for_ever(shard, monkeypatch, caplog):
+    made = []
+
+    def measure(*_: object) -> object:
+        made.append(1)
+        slow = {"float32": ((1, 2e5), (8, 1e9))}
+        return replace(cpu(), drive_read=5e3, operator_seconds=0.5, matmul=slow), False
+
+    monkeypatch.setattr(hardware_probe, "_measure", measure)
+    with caplog.at_level(logging.WARNING, "zinfer"):
+        found = this_machine([shard])
+    assert (found.drive_read, found.operator_seconds, found.matmul["float32"][0][1]) == (1e6, 1e-3, 1e6)
+    assert caplog.text.count("not plausible") == 3
+    assert "measured 5000" in found.sources["drive_read"]
+    assert this_machine([shard]) == found
+    assert len(made) == 1
+
+
+def test_the_working_set_is_far_beyond_all_caches(tmp_path, monkeypatch):
+    for level, size, shared in ((0, "48K", "0"), (2, "1024K", "0,4"), (3, "32768K", "0-1,4-5")):
+        folder = tmp_path / f"index{level}"
+        folder.mkdir()
+        (folder / "size").write_text(f"{size}\n")
+        (folder / "shared_cpu_list").write_text(f"{shared}\n")
+    monkeypatch.setattr(hardware_probe, "CACHES", tmp_path)
+    monkeypatch.setattr(hardware_probe.os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(hardware_probe, "free_memory", lambda: 1 << 40)
+    assert hardware_probe._cache_bytes() == 8 * (32 << 20)
+    assert hardware_probe._working_set() == 4 * 8 * (32 << 20)
+    (tmp_path / "index3" / "size").write_text("plenty")
+    (tmp_path / "index2" / "size").unlink()
+    (tmp_path / "index0" / "shared_cpu_list").write_text("?")
+    assert hardware_probe._cache_bytes() == 0
+    assert hardware_probe._working_set() == hardware_probe.WORKING_SET
+
+
+def test_results_of_a_copy_are_written_beyond_the_caches_too(monkeypatch):
+    monkeypatch.setattr(hardware_probe, "_working_set", lambda: 64 << 20)
+    monkeypatch.setattr(hardware_probe, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(hardware_probe, "SECONDS", 0.02)
+    read, written, real = [], [], torch.cat
+
+    def cat(parts: list[torch.Tensor]) -> torch.Tensor:
+        result = real(parts)
+        read.append(parts[0].data_ptr())
+        written.append(result.data_ptr())
+        return result
+
+    monkeypatch.setattr(torch, "cat", cat)
+    assert hardware_probe._copy_rate() > 1e6
+    assert len(set(read)) == 32
+    assert len(set(written[:32])) == 32
+
+
+def test_reads_through_the_page_cache_are_called_so(shard, monkeypatch):
+    monkeypatch.setattr(hardware_probe, "measure_read_rate", lambda *_: DriveRate(10**9, 1.0, False))
+    rate, how = hardware_probe._drive_rate([shard], block_device_of(shard))
+    assert rate == 1e9
+    assert "page cache" in how and "direct reads" not in how
+
+
+def test_measuring_and_its_temporary_file_are_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hardware_probe, "SAMPLE_BYTES", 16 << 20)
+    monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
+    monkeypatch.setattr(
+        hardware_probe,
+        "_measure",
+        lambda paths, device: (cpu(drive_read=hardware_probe._drive_rate(paths, device)[0]), False),
+    )
+    with caplog.at_level(logging.INFO, "zinfer"):
+        this_machine([str(tmp_path)])
+    assert "measuring drive, memory and arithmetic" in caplog.text
+    assert f"temporary file of 16 MiB in {tmp_path}" in caplog.text

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +205,10 @@ def test_a_model_kept_in_memory_has_to_fit(config):
         ({"hardware": 7}, "hardware=7"),
         ({"remeasure": True}, "remeasure"),
         ({"revision": "main"}, "revision"),
+        ({"device_map": "auto"}, "device_map has no effect in zinfer.plan"),
+        ({"_from_auto": True}, "_from_auto is internal"),
+        ({"hardware": replace(cpu(), drive_read=-1.0)}, "drive_read"),
+        ({"hardware": replace(cpu(), matmul=7)}, "matmul"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(config, options, complaint):
@@ -282,3 +289,130 @@ def test_the_machine_at_hand_is_measured_for_the_drive_of_the_checkpoint(checkpo
     assert asked == [([f"{checkpoint}/model.safetensors"], True)]
     assert plan.hardware == CPU["name"]
     assert not caplog.records
+
+
+def test_a_host_that_is_too_small_names_no_budget(config):
+    with pytest.raises(BudgetError, match=r"no max_memory\['cpu'\] works there") as refusal:
+        zinfer.plan(config, hardware=cpu(host_memory=150 << 20), offload="cpu")
+    assert refusal.value.smallest is None
+    assert "offload='nvme'" in str(refusal.value)
+
+
+def test_a_device_that_is_too_small_names_no_budget(config):
+    with pytest.raises(BudgetError, match=r"no max_memory\[0\] works there") as refusal:
+        zinfer.plan(
+            config, hardware=gpu(device_memory=64 << 20), max_memory={0: "64MiB"}, prompt=1000, batch=64
+        )
+    assert refusal.value.smallest is None
+
+
+def test_two_budgets_that_are_too_small_are_told_together(config):
+    task = {"hardware": gpu(), "offload": "cpu", "prompt": 8}
+    with pytest.raises(BudgetError, match=r"with max_memory\[0\] that large") as refusal:
+        zinfer.plan(config, max_memory={0: "1MiB", "cpu": "1MiB"}, **task)
+    assert refusal.value.smallest is None
+    device, host = (
+        int(n) for n in re.findall(r"take (\d+) bytes.*works is (\d+) bytes", str(refusal.value))[0]
+    )
+    assert zinfer.plan(config, max_memory={0: device, "cpu": host}, **task).nvme_bytes == 0
+
+
+@pytest.fixture
+def at_hand(monkeypatch):
+    """This machine, made up: what it has free is what the test sets."""
+    free = [16 << 30]
+    monkeypatch.setattr(planning, "this_machine", lambda *_, **__: cpu())
+    monkeypatch.setattr(planning, "free_memory", lambda: free[0])
+    return free
+
+
+def test_where_too_little_is_free_the_bytes_that_have_to_be_are_named(config, at_hand):
+    at_hand[0] = 150 << 20
+    with pytest.raises(BudgetError, match="end other programs first") as refusal:
+        zinfer.plan(config, offload="cpu", prompt=8)
+    assert refusal.value.smallest is None
+    at_hand[0] = int(re.search(r"for which (\d+) would have to be free", str(refusal.value))[1]) + (8 << 20)
+    assert zinfer.plan(config, offload="cpu", prompt=8).nvme_bytes == 0
+
+
+def test_cache_and_activations_that_do_not_fit_name_the_bytes_that_have_to_be_free(config, at_hand):
+    at_hand[0] = 100 << 20
+    task = {"prompt": 1500, "new_tokens": 4}
+    with pytest.raises(BudgetError, match=r"(\d+) bytes would have to be free") as refusal:
+        zinfer.plan(config, **task)
+    needed = int(re.search(r"(\d+) bytes would have to be free", str(refusal.value))[1])
+    at_hand[0] = needed + (8 << 20)  # a larger budget has larger buffers
+    assert zinfer.plan(config, **task)
+    at_hand[0] = needed - (8 << 20)
+    with pytest.raises(BudgetError):
+        zinfer.plan(config, **task)
+
+
+def test_a_ceiling_above_what_is_free_is_cut_and_noted(config, at_hand):
+    at_hand[0] = 1 << 30
+    plan = zinfer.plan(config, max_memory={"cpu": "8GiB"}, prompt=8)
+    assert plan.host_budget < 1 << 30
+    assert any(f"{8 << 30} bytes; {plan.host_budget} are planned with" in note for note in plan.notes)
+    assert not any("planned with" in note for note in zinfer.plan(config, prompt=8).notes)
+
+
+def test_a_gpu_that_is_there_but_does_not_compute_is_noted(config, at_hand, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert any("has a GPU" in note for note in zinfer.plan(config, prompt=8).notes)
+    assert not any("has a GPU" in note for note in zinfer.plan(config, hardware=cpu(), prompt=8).notes)
+
+
+@pytest.mark.parametrize(("offload", "counted"), [("nvme", True), ("cpu", False)])
+def test_the_text_says_whether_the_cache_lies_within_the_budget(config, offload, counted):
+    plan = zinfer.plan(config, hardware=cpu(), prompt=8, offload=offload)
+    host = next(line for line in str(plan).splitlines() if line.startswith("host"))
+    within, beside = host.split("; budget ")
+    assert ("cache" in within, "cache" in beside) == (counted, not counted)
+    assert "activations" in beside
+
+
+@pytest.mark.parametrize("field", ["model", "hardware", "dtype"])
+def test_a_message_repeats_no_more_than_the_beginning_of_what_was_given(config, field):
+    given = {"model": config, "hardware": cpu(), field: "x" * 100_000}
+    with pytest.raises(OptionError) as refusal:
+        zinfer.plan(**given)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_directory_is_no_hardware_file(config, tmp_path):
+    with pytest.raises(OptionError, match="is a directory; give a JSON file"):
+        zinfer.plan(config, hardware=str(tmp_path))
+
+
+def test_options_of_the_hub_have_no_effect_on_a_folder(checkpoint):
+    with pytest.raises(OptionError, match=r"revision.*has no effect"):
+        zinfer.plan(checkpoint, hardware=cpu(), revision="main")
+
+
+def test_the_checkpoints_own_code_is_run_where_it_is_trusted(checkpoint, tmp_path):
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    config["architectures"] = ["MineForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "mine.MineForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(Path(checkpoint, "model.safetensors"))
+    (tmp_path / "mine.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass MineForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
+        zinfer.plan(tmp_path, hardware=cpu(), prompt=8)
+    plan = zinfer.plan(tmp_path, hardware=cpu(), prompt=8, trust_remote_code=True)
+    assert plan.tiers == zinfer.plan(checkpoint, hardware=cpu(), prompt=8).tiers
+
+
+@pytest.mark.parametrize("error", [ImportError, AssertionError, ZeroDivisionError, RecursionError])
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_whatever_transformers_raises_over_a_config_is_an_error_that_names_it(
+    error, where, tmp_path, monkeypatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise error("senseless")
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError, match="senseless"):
+        zinfer.plan(tmp_path if where == "folder" else "someone/something", hardware=cpu())

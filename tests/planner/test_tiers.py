@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.planner.machines import gpu
 from tests.planner.test_placement import MIB, footprints, weight_lists
 from zinfer.errors import BudgetError
-from zinfer.planner.cost import Pass, sweep
+from zinfer.planner.cost import PassWork, sweep
 from zinfer.planner.placement import GAP_BYTES, Footprint, all_resident, place, smallest
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 
@@ -17,7 +17,7 @@ from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
 def seconds(weights: list[Footprint], tiers: Tiers) -> float:
     asks = tuple((i, 1.0) for i, w in enumerate(weights) if not w.rows_only)
     sizes = [weight.window for weight in weights]
-    return sweep(Pass((), asks), sizes, gpu(), device=tiers.device, host=tiers.host).seconds
+    return sweep(PassWork((), asks), sizes, gpu(), device=tiers.device, host=tiers.host).seconds
 
 
 def memories(weights: list[Footprint]) -> st.SearchStrategy[int]:

@@ -75,3 +75,14 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch, tmp_path):
 def test_any_other_kind_of_picture_is_refused(tmp_path):
     with pytest.raises(OptionError, match="PNG"):
         picture.draw(timeline(), tmp_path / "out.jpg")
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "\x1b[2J\nevil", "\ud800", "x" * 10_000])
+def test_a_name_from_a_file_neither_steers_a_terminal_nor_is_taken_for_a_formula(name, tmp_path):
+    drawn = Timeline(name, (Span(SWEEPS, name, 0, 1), Span(READS, "w", 0, 1, nbytes=1, kind="load")))
+    lines = picture.title(drawn, totals(drawn)).splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+    pytest.importorskip("matplotlib")
+    picture.draw(drawn, tmp_path / "out.png")
+    assert size_of(tmp_path / "out.png") == (1680, 780)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from typing import Any
 
 from zinfer.cli.options import check_memory, memory, positive
+from zinfer.cli.terminal import Terminal, logging_to
 
 NAME = "plan"
 SUMMARY = "predict how fast a model would generate, and where its weights would live"
@@ -19,7 +22,7 @@ examples:
   zinfer plan llama-3.1-70b --hardware a6000 --batch 96 --prompt 512 --new-tokens 32
   zinfer plan Qwen/Qwen3-32B --hardware my-machine.json --max-memory cpu=64GiB --max-memory 0=20GiB --json
 
-`--hardware this` measures drive, memory and arithmetic once, in a few seconds, and keeps the figures;
+`--hardware this` measures drive, memory and arithmetic once, in a few seconds, says so, and keeps the figures;
 `aio_bench DIR` measures the drive with more care. docs/planner.md has the formula, and the fields of a FILE."""
 
 
@@ -52,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--offload", choices=("auto", "nvme", "cpu", "none"), default="nvme", help="as for zinfer run"
     )
+    task.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="build the model with the code that the checkpoint's folder brings",
+    )
     parser.add_argument(
         "--json", action="store_true", help="print the plan as JSON, each weight's tier included"
     )
@@ -64,18 +72,22 @@ def main(arguments: argparse.Namespace) -> int:
 
     import zinfer
 
-    if not getattr(arguments, "debug", False):
+    debug = getattr(arguments, "debug", False)
+    if not debug:
         transformers.logging.set_verbosity_error()
-    found = zinfer.plan(
-        arguments.model,
-        hardware=arguments.hardware,
-        max_memory=dict(arguments.max_memory) or None,
-        batch=arguments.batch,
-        prompt=arguments.prompt,
-        new_tokens=arguments.new_tokens,
-        offload=arguments.offload,
-        dtype=arguments.dtype,
-        remeasure=arguments.remeasure,
-    )
+    options: dict[str, Any] = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    with logging_to(Terminal(), logging.DEBUG if debug else logging.INFO):
+        found = zinfer.plan(
+            arguments.model,
+            hardware=arguments.hardware,
+            max_memory=dict(arguments.max_memory) or None,
+            batch=arguments.batch,
+            prompt=arguments.prompt,
+            new_tokens=arguments.new_tokens,
+            offload=arguments.offload,
+            dtype=arguments.dtype,
+            remeasure=arguments.remeasure,
+            **options,
+        )
     sys.stdout.write(f"{json.dumps(found.as_dict(), indent=2) if arguments.json else found}\n")
     return 0

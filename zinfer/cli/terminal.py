@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from zinfer.errors import OptionError
@@ -38,7 +40,7 @@ class Terminal:
         """Write `text` to stdout now; on a terminal, control characters but newline and tab are replaced."""
         with self._lock:
             line = self._erase()
-            self._out.write(_printable(text) if self._out.isatty() else text)
+            self._out.write(printable(text) if self._out.isatty() else text)
             self._out.flush()
             self._mid_row = not text.endswith("\n") if text else self._mid_row
             self._draw(line)
@@ -98,6 +100,23 @@ class LogToTerminal(logging.Handler):
         self._terminal.note(f"zinfer: {record.levelname.lower()}: {record.getMessage()}")
 
 
+@contextmanager
+def logging_to(terminal: Terminal, level: int) -> Iterator[None]:
+    """What zinfer logs from `level` on stands on `terminal` meanwhile."""
+    logger = logging.getLogger("zinfer")
+    handler = LogToTerminal(terminal, level)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def check_writable(option: str, path: str) -> None:
     """Raises OptionError unless a file can be written at `path`, which `option` names."""
     parent = os.path.dirname(path) or "."
@@ -106,7 +125,7 @@ def check_writable(option: str, path: str) -> None:
         raise OptionError(f"{option} {path}: not a file that can be written; name one in a writable folder")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` without what would steer the terminal: a model's output is not to be trusted."""
     return "".join(
         "\ufffd" if (char < " " and char not in "\n\t") or "\x7f" <= char < "\xa0" else char for char in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from zinfer.cli.terminal import check_writable
@@ -32,6 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         picture.require_matplotlib(arguments.png)
         check_writable("--png", arguments.png)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that stdout lacks must not end the command
     timeline = chrome.read(arguments.file)
     sys.stdout.write(picture.title(timeline, totals(timeline)) + "\n")
     if arguments.png is not None:

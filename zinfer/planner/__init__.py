@@ -1,1 +1,1 @@
-"""What fits where: budgets read from the machine, and placement as pure functions."""
+"""What fits where and how fast it is: budgets, placement, tiers and the cost of a sweep, as pure functions."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zinfer.planner.cost import Operator, Pass, Work
+from zinfer.planner.cost import Operator, PassWork, Work
 
 ACTIVATIONS = 16  # hidden states of a layer that are alive at once: a gated feed-forward's inner ones, mostly
 
@@ -26,25 +26,24 @@ def assumed_work(
     prompt: int,
     new_tokens: int,
     *,
-    layers: int,
-    key_width: int,
+    cache_at: Callable[[int], int],
     hidden: int,
 ) -> Work:
-    """2 flops for each element of each matrix and row, and a cache of keys and values in every layer.
+    """2 flops for each element of each matrix and row.
 
-    The estimate of Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1. `key_width`: bytes of
-    one token's keys and values in one layer; `hidden`: bytes of its hidden state.
+    The estimate of Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1. `cache_at`: bytes of
+    the whole batch's cache at a length in tokens; `hidden`: bytes of a token's hidden state.
     """
-    cache = batch * layers * key_width * (prompt + max(new_tokens - 1, 0))
-    mean = batch * layers * key_width * (prompt + new_tokens // 2)
+    cache = cache_at(prompt + max(new_tokens - 1, 0))
+    mean = cache_at(prompt + new_tokens // 2)
 
-    def one_pass(rows: int, cached: int) -> Pass:
+    def one_pass(rows: int, cached: int) -> PassWork:
         products = [
             Operator("matmul", matrix.dtype, rows, 2.0 * matrix.numel * rows, matrix.nbytes)
             for matrix in matrices
         ]
         attention = Operator("attention", "float32", 1, 0, cached)
-        return Pass((*products, attention), tuple((matrix.index, 1.0) for matrix in matrices))
+        return PassWork((*products, attention), tuple((matrix.index, 1.0) for matrix in matrices))
 
     return Work(
         batch,

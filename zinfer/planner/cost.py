@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from zinfer.planner.hardware import Hardware
 
-MOST_BATCH = 1 << 20  # no search goes beyond
+MOST_BATCH = 1 << 20  # no batch above it is tried
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassWork:
     """One forward pass. `asks`: (index of a weight, share of it that operators ask for), rows of tables left out."""
 
     operators: tuple[Operator, ...]
@@ -54,8 +54,8 @@ class Work:
     """
 
     batch: int
-    prefill: Pass
-    decode: Pass
+    prefill: PassWork
+    decode: PassWork
     cache_bytes: int
     activation_bytes: int
 
@@ -108,7 +108,7 @@ def moved_bytes(asks: Sequence[tuple[int, float]], sizes: Sequence[int], kept: C
 
 
 def sweep(
-    work: Pass,
+    work: PassWork,
     sizes: Sequence[int],
     hardware: Hardware,
     *,
@@ -129,12 +129,16 @@ def sweep(
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest batch for which `fits`, which must not be true again above one that does not fit; 0 for none."""
+    """The largest batch for which `fits`, which must not be true again above one that does not fit; 0 for none.
+
+    MOST_BATCH means that or more: nothing above it is tried.
+    """
     if not fits(1):
         return 0
     low, high = 1, 2
     while high <= MOST_BATCH and fits(high):
         low, high = high, 2 * high
+    high = min(high, MOST_BATCH + 1)  # taken not to fit: the search ends there
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

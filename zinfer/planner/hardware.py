@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from zinfer.errors import OptionError
+from zinfer.wording import brief
 
 PROFILES = Path(__file__).parent / "profiles"
-GIB = 1 << 30
 
 # Field -> (least, most, unit). Outside lies a slip of the pen (GB for bytes, bits for bytes), not a machine.
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -112,9 +112,13 @@ def load_hardware(name: str) -> Hardware:
     """The shipped profile called `name`, or that in the file `name`. Raises OptionError naming the field at fault."""
     shipped = PROFILES / f"{name}.json"
     path = str(shipped) if name in published_names() else name
+    if os.path.isdir(path):
+        raise OptionError(
+            f"hardware {brief(name)} is a directory; give a JSON file, 'this', or one of {', '.join(published_names())}"
+        )
     if not os.path.isfile(path):
         raise OptionError(
-            f"hardware {name!r}: no such file, and no profile of that name; the profiles are "
+            f"hardware {brief(name)}: no such file, and no profile of that name; the profiles are "
             f"{', '.join(published_names())}, and 'this' measures the machine at hand"
         )
     try:
@@ -132,9 +136,9 @@ def hardware_from(document: Any, origin: str) -> Hardware:
     if not isinstance(document, dict):
         raise OptionError(f"{origin}: not a JSON object with fields such as {', '.join(RANGES)}")
     known = {"name", "matmul", "sources", *RANGES}
-    if unknown := sorted(set(document) - known):
+    if unknown := sorted(map(str, set(document) - known)):
         raise OptionError(
-            f"{origin}: unknown field {unknown[0]!r}; the fields are {', '.join(sorted(known))}"
+            f"{origin}: unknown field {brief(unknown[0])}; the fields are {', '.join(sorted(known))}"
         )
     # A measured machine's own record says null where nothing was measured.
     left_out = {name for name in OPTIONAL if document.get(name) is None}
@@ -147,7 +151,7 @@ def hardware_from(document: Any, origin: str) -> Hardware:
         )
     name, sources = document.get("name"), document.get("sources", {})
     if not isinstance(name, str) or not name.strip():
-        raise OptionError(f"{origin}: field 'name' is {name!r}; it is a text such as 'my workstation'")
+        raise OptionError(f"{origin}: field 'name' is {brief(name)}; it is a text such as 'my workstation'")
     if not isinstance(sources, dict) or not all(isinstance(text, str) for text in sources.values()):
         raise OptionError(f"{origin}: field 'sources' maps names of fields to texts")
     return Hardware(
@@ -169,7 +173,7 @@ def _number(document: dict[str, Any], name: str, origin: str) -> Any:
     zero_says_none = name in WITHOUT_DEVICE and type(value) in (int, float) and value == 0
     if zero_says_none or _between(value, least, most):
         return value
-    raise OptionError(f"{origin}: field {name!r} is {value!r}; {span}")
+    raise OptionError(f"{origin}: field {name!r} is {brief(value)}; {span}")
 
 
 def _between(value: Any, least: float, most: float) -> bool:
@@ -181,13 +185,13 @@ def _curves(value: Any, origin: str) -> dict[str, Curve]:
     where = f"{origin}: field 'matmul'"
     shape = 'it maps dtypes to points, such as {"bfloat16": [[1, 2e10], [512, 9e11]]}'
     if not isinstance(value, dict) or not value:
-        raise OptionError(f"{where} is {'missing' if value is None else repr(value)}; {shape}")
+        raise OptionError(f"{where} is {'missing' if value is None else brief(value)}; {shape}")
     curves: dict[str, Curve] = {}
     for dtype, points in value.items():
         if dtype not in DTYPES:
-            raise OptionError(f"{where} has a dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
+            raise OptionError(f"{where} has a dtype {brief(dtype)}; the dtypes are {', '.join(DTYPES)}")
         if not isinstance(points, list) or not points:
-            raise OptionError(f"{where}, {dtype}: {points!r} is no list of points; {shape}")
+            raise OptionError(f"{where}, {dtype}: {brief(points)} is no list of points; {shape}")
         for point in points:
             if not (
                 isinstance(point, list)
@@ -197,11 +201,22 @@ def _curves(value: Any, origin: str) -> dict[str, Curve]:
                 and _between(point[1], *FLOPS_RANGE)
             ):
                 raise OptionError(
-                    f"{where}, {dtype}: {point!r} is no point [rows, flop/s]; plausible are {ROWS_RANGE[0]} to "
+                    f"{where}, {dtype}: {brief(point)} is no point [rows, flop/s]; plausible are {ROWS_RANGE[0]} to "
                     f"{ROWS_RANGE[1]} rows and {FLOPS_RANGE[0]:g} to {FLOPS_RANGE[1]:g} flop a second"
                 )
         rows = [point[0] for point in points]
         if rows != sorted(set(rows)):
-            raise OptionError(f"{where}, {dtype}: the rows {rows} do not rise from point to point")
+            raise OptionError(f"{where}, {dtype}: the rows {brief(rows)} do not rise from point to point")
         curves[dtype] = tuple((point[0], float(point[1])) for point in points)
     return curves
+
+
+def checked_hardware(hardware: Hardware) -> Hardware:
+    """`hardware`, which a program made, held against what is asked of a file. Raises OptionError naming the field."""
+    try:
+        fields = hardware.as_dict()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise OptionError(
+            f"hardware: a Hardware whose 'matmul' or 'sources' is no mapping as its docstring has it ({error})"
+        ) from error
+    return hardware_from(fields, "hardware")

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from zinfer.errors import OptionError
+from zinfer.wording import brief
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -30,7 +31,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
     if match and match[2].upper() in _UNITS and (count := int(float(match[1]) * _UNITS[match[2].upper()])):
         return count
-    raise OptionError(f"{size!r} is not a memory size; write bytes, or for example '3GiB' or '500MB'")
+    raise OptionError(f"{brief(size)} is not a memory size; write bytes, or for example '3GiB' or '500MB'")
 
 
 def cpu_ceiling(max_memory: Mapping[Any, Any] | None) -> int | None:
@@ -38,11 +39,12 @@ def cpu_ceiling(max_memory: Mapping[Any, Any] | None) -> int | None:
     if max_memory is None:
         return None
     if not isinstance(max_memory, Mapping):
-        raise OptionError(f"max_memory is {max_memory!r}; give a mapping such as {{'cpu': '8GiB'}}")
+        raise OptionError(f"max_memory is {brief(max_memory)}; give a mapping such as {{'cpu': '8GiB'}}")
     unknown = [key for key in max_memory if key != "cpu"]
     if unknown:
         raise OptionError(
-            f"max_memory has entries for {unknown}, but this version computes on the CPU: only 'cpu' has an effect"
+            f"max_memory has entries for {brief(unknown)}, but this version computes on the CPU: only 'cpu' has an "
+            "effect"
         )
     return parse_size(max_memory["cpu"]) if "cpu" in max_memory else None
 

@@ -6,9 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from zinfer.planner.cost import Bounds
-
-GIB = float(1 << 30)
+from zinfer.planner.cost import MOST_BATCH, Bounds
+from zinfer.wording import size_text as _size
 
 
 @dataclass(frozen=True)
@@ -78,30 +77,38 @@ class Plan:
                 f"{_time(self.seconds_a_token)} ({self.bottleneck}): {_rate(self.tokens_per_second)} tokens/s, "
                 f"{_rate(self.throughput)} with the first one",
             ),
-            ("batch", f"up to {self.largest_batch} sequences fit with their cache"),
+            ("batch", self._batches()),
             *(("note", note) for note in self.notes),
         ]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
+    def _batches(self) -> str:
+        if self.largest_batch >= MOST_BATCH:
+            return f"{self.largest_batch} sequences fit with their cache, and maybe more"
+        return f"up to {self.largest_batch} sequences fit with their cache"
+
     def _tiers(self) -> list[tuple[str, str]]:
         rows = []
-        scratch = f"cache {_size(self.cache_bytes)}, activations {_size(self.activation_bytes)}"
+        cache, activations = f"cache {_size(self.cache_bytes)}", f"activations {_size(self.activation_bytes)}"
+        within, beside = "", ""
         if self.device_budget:
             rows.append(
                 (
                     "device",
                     f"{_size(self.device_bytes)} of weights ({_share(self.device_bytes, self.weight_bytes)}), window "
-                    f"{_size(self.device_window)}, {scratch}; budget {_size(self.device_budget)}",
+                    f"{_size(self.device_window)}, {cache}, {activations}; budget {_size(self.device_budget)}",
                 )
             )
-            scratch = ""
+        elif self.offload in ("cpu", "none"):  # all weights stay, and caches lie beside the budget
+            beside = f"; beside it {cache}, {activations}"
+        else:
+            within, beside = f", {cache}", f"; beside it {activations}"
         rows.append(
             (
                 "host",
                 f"{_size(self.host_bytes)} of weights ({_share(self.host_bytes, self.weight_bytes)}), window "
-                f"{_size(self.host_window)}; budget {_size(self.host_budget)}"
-                + (f"; beside it {scratch}" if scratch else ""),
+                f"{_size(self.host_window)}{within}; budget {_size(self.host_budget)}{beside}",
             )
         )
         rows.append(
@@ -146,10 +153,6 @@ def times(decode: Bounds, prefill: Bounds, batch: int, new_tokens: int) -> dict[
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "0 %"
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.2f} MiB"
 
 
 def _time(seconds: float) -> str:

@@ -26,20 +26,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from zinfer.errors import CheckpointError
+from zinfer.weights.loading import REFUSALS
 
 logger = logging.getLogger(__name__)
-
-# What transformers' constructors raise for a senseless config, or one that needs a missing package.
-_BUILD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 SMALL_BYTES = 1 << 20
 DEFAULT_STD = 0.02
@@ -85,7 +74,7 @@ def take_inventory(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> I
     try:
         with torch.device("meta"), transformers_init.meta_device_safe_creation_ops():
             model = cls._from_config(config, dtype=dtype)
-    except _BUILD_ERRORS as error:
+    except REFUSALS as error:
         raise CheckpointError(f"{cls.__name__} cannot be built from this config: {error}") from error
     recorder = InitRecorder(getattr(config.get_text_config(), "initializer_range", None) or DEFAULT_STD)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -279,7 +268,7 @@ def _initialise(model: PreTrainedModel, recorder: InitRecorder) -> None:
             visit(child, owner)
         try:
             owner._init_weights(module)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except REFUSALS as error:
             logger.debug("%s: initialiser not run without weights: %s", type(module).__name__, error)
 
     with recorder, transformers_init.guard_torch_init_functions():
@@ -330,7 +319,7 @@ def _checkpoint_tensors(model: PreTrainedModel, recorder: InitRecorder) -> dict[
         state = remove_tied_weights_from_state_dict(state, model)
         with recorder, torch.no_grad():
             return revert_weight_conversion(model, state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except REFUSALS as error:
         raise CheckpointError(
             f"{type(model).__name__}: transformers {transformers.__version__} cannot name its checkpoint's "
             f"tensors without weights: {error}"

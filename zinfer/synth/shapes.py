@@ -11,10 +11,11 @@ import os
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from zinfer.errors import CheckpointError, OptionError
+from zinfer.weights.loading import REFUSALS
+from zinfer.wording import brief
 
 _SPECIALS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 
@@ -205,13 +206,13 @@ def _load(source: str) -> PreTrainedConfig:
     path = os.path.join(source, "config.json") if os.path.isdir(source) else source
     if not os.path.isfile(path):
         raise OptionError(
-            f"{source!r} is neither a built-in shape nor a config.json nor a folder with one; the built-in "
+            f"{brief(source)} is neither a built-in shape nor a config.json nor a folder with one; the built-in "
             f"shapes are {', '.join(SHAPES)}"
         )
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except REFUSALS as error:
+        raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -236,5 +237,5 @@ def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
             target[key] = [value[index % old] for index in range(layers)]
     try:
         return type(config).from_dict(fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except REFUSALS as error:
         raise OptionError(f"layers={layers}: {type(config).__name__} does not allow it: {error}") from error

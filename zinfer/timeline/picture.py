@@ -32,6 +32,7 @@ BINS = 400  # of the rate's line
 PIXEL = 1 / 3000  # of the time axis: gaps shorter than that share of it cannot be seen
 MOST_NUMBERED = 60  # sweeps: more numbers would overlap
 HEIGHT = 0.8  # of a row
+LONGEST_NAME = 120  # characters of a name in the picture or its title
 
 
 def require_matplotlib(path: str) -> None:
@@ -54,7 +55,7 @@ def draw(timeline: Timeline, path: str | os.PathLike[str]) -> None:
         raise OptionError("there is nothing to draw: the timeline is empty")
     figure = Figure(figsize=INCHES, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title(timeline, totals(timeline)), fontsize=11)
+    figure.suptitle(title(timeline, totals(timeline)), fontsize=11, parse_math=False)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     start = min(span.start for span in timeline.spans)
     end = max(max(span.end for span in timeline.spans), start + 1e-9)
@@ -75,11 +76,18 @@ def draw(timeline: Timeline, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=DPI, format="png")
 
 
+def shown(name: str) -> str:
+    """`name`, which a file may bring, in a line: without what would steer a terminal, and of bounded length."""
+    clean = "".join(char if char.isprintable() else "\ufffd" for char in name[:LONGEST_NAME])
+    return clean if len(name) <= LONGEST_NAME else f"{clean}..."
+
+
 def title(timeline: Timeline, sums: Totals) -> str:
     """Two lines: what ran, and what the drive and the operators made of the time."""
     plural = "" if sums.sweeps == 1 else "s"
     lines = [
-        f"{timeline.model}: {sums.sweeps} sweep{plural} in {sums.seconds:.2f} s, {sums.bytes_read / 1e9:.3g} GB read"
+        f"{shown(timeline.model)}: {sums.sweeps} sweep{plural} in {sums.seconds:.2f} s, "
+        f"{sums.bytes_read / 1e9:.3g} GB read"
         + (f" ({timeline.dropped} older events were dropped)" if timeline.dropped else "")
     ]
     share = f"{100 * sums.busy_seconds / sums.seconds:.1f} %" if sums.seconds > 0 else "unknown"
@@ -169,4 +177,4 @@ def _sweeps(upper: Axes, lower: Axes, timeline: Timeline, shortest: float) -> No
         for axes in (upper, lower):
             axes.axvline(span.start, color="0.3", lw=0.7, ls="--", alpha=0.7)
         place: dict[str, Any] = {"transform": upper.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        upper.text(span.start, 1.01, span.name, fontsize="x-small", **place)
+        upper.text(span.start, 1.01, shown(span.name), fontsize="x-small", parse_math=False, **place)

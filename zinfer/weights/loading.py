@@ -19,8 +19,9 @@ from zinfer.weights.symbolic import SymbolicTensor
 
 # from_pretrained keywords that say where files come from; they reach the config and the tokenizer, not the model.
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# What transformers raises over a config.json with impossible values, or an option it cannot take.
-_REFUSALS = (
+# What transformers raises over a config with impossible values or an option it cannot take, and models over input that
+# they do not expect. RuntimeError includes NotImplementedError and RecursionError.
+REFUSALS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
     *(AssertionError, OSError, StrictDataclassError),
 )
@@ -34,7 +35,7 @@ def load_config(folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, An
         )
     try:
         config, unused = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         with_options = f" with {sorted(options)}" if options else ""
         raise CheckpointError(
             f"{folder}/config.json{with_options}: {_cause(error)}; transformers {transformers.__version__} "
@@ -72,7 +73,7 @@ def model_class(config: Any, folder: str, trust_remote_code: bool) -> type[nn.Mo
 
             try:
                 return get_class_from_dynamic_module(reference, folder)
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 raise CheckpointError(
                     f"{folder}: the checkpoint's own class {reference!r} cannot be loaded: {_cause(error)}"
                 ) from error
@@ -113,7 +114,7 @@ def symbolic_model(
             )
         except (OptionError, CheckpointError):
             raise
-        except _REFUSALS as error:
+        except REFUSALS as error:
             if options:
                 raise OptionError(
                     f"{cls.__name__} cannot be made with the options {sorted(options)}, which zinfer passes on to "
@@ -137,7 +138,7 @@ def _read_generation_config(model: Any, path: str) -> None:
         read_json(path)
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(os.path.dirname(path))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise CheckpointError(f"{path}: {_cause(error)}; fetch it again, or remove it") from error
 
 
