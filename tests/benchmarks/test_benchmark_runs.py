@@ -155,7 +155,8 @@ def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatc
     assert in_memory["first_swept_bytes"] > in_memory["swept_bytes"]
     assert outcome["report"]["cache_bytes"] > 0
     for token in outcome["tokens_each"]:
-        assert streamed * 0.9 < token["process"]["read"] < streamed * 1.1 + bound.ROW_EDGES * 3
+        # A weight, a tenth of this model, may be read ahead for the next token or not.
+        assert streamed * 0.8 < token["process"]["read"] < streamed * 1.2 + bound.ROW_EDGES * 3
     assert runs["120 %, batch 3"]["outcome"]["resident"] > outcome["resident"]
 
 
