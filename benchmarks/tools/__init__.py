@@ -10,15 +10,16 @@ At the top of a module stands only what every Python has: the parent process imp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 
-class Session:
+class Session(ABC):
     """A loaded model that decodes greedily, with a key-value cache. One thread uses it."""
 
+    @abstractmethod
     def step(self, rows: list[list[int]]) -> list[int]:
         """Append ids to each sequence, as many to each; the likeliest next id of each."""
-        raise NotImplementedError
 
     @property
     def engine_bytes(self) -> int | None:

@@ -9,8 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from zinfer._version import __version__
 from zinfer.cli.options import check_memory, memory, positive
 from zinfer.cli.progress import Progress, SweepMeter
 from zinfer.cli.streamers import IdStreamer, TextStreamer, TokenStreamer
-from zinfer.cli.terminal import LogToTerminal, Terminal, check_writable
+from zinfer.cli.terminal import Terminal, check_writable, logging_to
 from zinfer.errors import CheckpointError, OptionError, ZinferError
 
 NAME = "run"
@@ -94,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
             errors="replace"
         )  # a character that stdout's encoding lacks must not end the run
     terminal = Terminal()
-    with _logging_to(terminal, logging.DEBUG if debug else logging.WARNING):
+    with logging_to(terminal, logging.DEBUG if debug else logging.WARNING):
         return _run(arguments, terminal)
 
 
@@ -292,22 +291,6 @@ def _quieten(debug: bool) -> None:
 
     if not debug:
         transformers.logging.set_verbosity_error()
-
-
-@contextmanager
-def _logging_to(terminal: Terminal, level: int) -> Iterator[None]:
-    logger = logging.getLogger("zinfer")
-    handler = LogToTerminal(terminal, level)
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
 
 
 def _ids(text: str) -> Sequence[int]:
