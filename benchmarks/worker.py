@@ -25,12 +25,14 @@ from typing import Any
 from benchmarks import BenchmarkError
 from benchmarks.child import peak_bytes
 from benchmarks.drive import Drive, Traffic, drive_of, process_traffic
+from benchmarks.neighbours import own_cpu_seconds
 from benchmarks.spans import Clock, Phase
 from benchmarks.tools import Session
 
 UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause
-SETTLED_SECONDS = 0.2  # without a byte read, the tool's look-ahead has come to rest
-SETTLE_LIMIT = 10.0
+SETTLED_SECONDS = 0.2  # without a byte read and next to no CPU used, the tool's look-ahead has come to rest
+SETTLED_CPU = 0.1  # cores
+SETTLE_LIMIT = 20.0
 ANSWER_SECONDS = 0.02  # between two looks for the parent's answer
 
 
@@ -134,12 +136,14 @@ class Pauses:
         return Path(f"{out}.resume-{number}")
 
     def take(self) -> None:
-        """Wait until this process reads nothing, then until the parent has measured."""
+        """Wait until this process reads nothing and its threads rest, then until the parent has measured."""
         deadline = time.monotonic() + SETTLE_LIMIT
-        seen = -1
-        while (now := process_traffic().read) != seen and time.monotonic() < deadline:
-            seen = now
+        resting = False
+        while not resting and time.monotonic() < deadline:
+            read, used = process_traffic().read, own_cpu_seconds()
             time.sleep(SETTLED_SECONDS)
+            used = own_cpu_seconds() - used
+            resting = process_traffic().read == read and used < SETTLED_CPU * SETTLED_SECONDS
         self.asked(self._out, self._number).touch()
         while not self.answered(self._out, self._number).exists():
             if os.getppid() != self._parent:
