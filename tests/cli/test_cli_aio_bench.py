@@ -75,6 +75,8 @@ def test_a_full_sweep_is_kept_as_the_profile_of_the_drive(bench, tmp_path, telli
     profile = load_profile(device)
     assert profile.read_rate > 0 and profile.write_rate is None
     assert f"{profile.backend}, blocks of" in out
+    # The rate that is kept is of reads into more memory than a cache holds.
+    assert f"as zinfer reads ahead: {profile.read_rate / 1e9:.2f} GB/s" in out
 
 
 def test_a_small_file_decides_nothing(bench, tmp_path):
@@ -122,7 +124,7 @@ def test_what_is_kept_can_be_asked_for_and_declined(bench, tmp_path):
 def test_json_holds_every_measurement(bench, tmp_path):
     status, out, _ = bench(tmp_path, *QUICK, *NARROW, "--write", "--json")
     document = json.loads(out)
-    assert status == 0 and list(document["best"]) == ["write"]
+    assert status == 0 and list(document["best"]) == ["write"] and document["into_window"] is None
     assert {item["direction"] for item in document["measurements"]} == {"write"}
     assert all(item["bytes_per_second"] > 0 for item in document["measurements"])
     assert document["targets"][0]["device"] == block_device_of(str(tmp_path)).name

@@ -9,11 +9,13 @@ from zinfer.aio import Engine
 from zinfer.aio.profile import BACKENDS, Backend
 from zinfer.aio_bench.measurement import Measurement, Trial
 from zinfer.aio_bench.memory import pool_of
-from zinfer.aio_bench.settings import WRITE, Plan, Setting
+from zinfer.aio_bench.settings import READ, WRITE, Plan, Setting
 from zinfer.aio_bench.target import Target, by_drive
 from zinfer.aio_bench.trial import run_trial
 from zinfer.errors import OptionError
 
+WINDOW_BYTES = 256 << 20  # about what zinfer reads ahead into: far more than a processor's cache holds
+WINDOW_TRIALS = 5
 FIRST_GUESS = 1e9  # bytes a second, before anything was measured
 
 
@@ -68,3 +70,28 @@ def sweep(
         for direction in plan.directions
         for setting in plan.settings
     ]
+
+
+def into_window(
+    targets: Sequence[Target], setting: Setting, seconds: float, expected_rate: float
+) -> Measurement:
+    """Reads with `setting` into as much memory, for each drive, as zinfer reads ahead into.
+
+    What a drive sustains there is less than into a few blocks that stay in a processor's cache, and is what a sweep
+    can count on. Raises DriveError, and BudgetError where there is not that much memory.
+    """
+    memory = max(WINDOW_BYTES, setting.in_flight)
+    with pool_of(len(by_drive(targets)) * memory) as pool:
+        trials = [
+            run_trial(
+                targets,
+                setting,
+                READ,
+                pool=pool,
+                seconds=seconds,
+                expected_rate=expected_rate,
+                memory_bytes=memory,
+            )
+            for _ in range(WINDOW_TRIALS)
+        ]
+    return Measurement.of(READ, setting, trials)

@@ -28,9 +28,9 @@ class Stream:
 
     It submits no more than `allowance` bytes, if that is given.
 
-    The memory is `depth` blocks, used round and round, exactly what fio would use: more of it would sit less in
-    the processor's cache and be slower. A block may so land where another one is still landing: what is measured
-    is the way there, not the bytes.
+    `region` is used round and round, block by block. With `depth` blocks, it is exactly what fio would use: more of it
+    sits less in the processor's cache, and is slower. A block may so land where another one is still landing: what is
+    measured is the way there, not the bytes.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Stream:
         self._allowance = allowance
         self.moved = 0  # bytes of the requests that were collected
         self._block, self._region = setting.block_bytes, region
-        self._slots = setting.depth
+        self._slots = region.nbytes // setting.block_bytes
         # Blocks are counted through all files: file number n has those from _firsts[n] on.
         counts = [target.size // setting.block_bytes for target in targets]
         self._firsts = [sum(counts[:number]) for number in range(len(counts))]
@@ -136,12 +136,13 @@ def run_trial(
     seconds: float,
     expected_rate: float,
     most_bytes: int | None = None,
+    memory_bytes: int = 0,
 ) -> Trial:
     """Move bytes of all `targets` at once for about `seconds`, and no more than `most_bytes` if that is given.
 
-    Those on one drive share a queue. `pool` has `setting.in_flight` free bytes for each drive. `expected_rate`, in
-    bytes a second, sets how much is asked for at a time. Raises DriveError; OptionError when the backend does not
-    work here.
+    Those on one drive share a queue, and go to `setting.in_flight` bytes of `pool`, or to `memory_bytes` if that is
+    more, so many for each drive. `expected_rate`, in bytes a second, sets how much is asked for at a time. Raises
+    DriveError; OptionError when the backend does not work here.
     """
     drives = by_drive(targets)
     allowance = None if most_bytes is None else most_bytes // len(drives)
@@ -151,7 +152,7 @@ def run_trial(
     streams: list[Stream] = []
     try:
         for group in drives:
-            region = hold(pool, setting.in_flight)
+            region = hold(pool, max(setting.in_flight, memory_bytes))
             streams.append(Stream(group, setting, direction, region, batch, allowance))
         return _measure(streams, seconds)
     finally:

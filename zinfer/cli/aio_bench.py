@@ -20,7 +20,7 @@ from zinfer.aio_bench import READ, WRITE, Measurement, Plan, Setting, Target, ch
 from zinfer.aio_bench import fio as fio_module
 from zinfer.aio_bench import plot as plot_module
 from zinfer.aio_bench.settings import BLOCKS, DEPTHS, DIRECTIONS, ROUNDS, SECONDS, THREADS
-from zinfer.aio_bench.sweep import sweep, usable_backends
+from zinfer.aio_bench.sweep import WINDOW_BYTES, into_window, sweep, usable_backends
 from zinfer.aio_bench.table import compared_table, measured_table, size_text
 from zinfer.aio_bench.target import by_drive, free_bytes
 from zinfer.errors import OptionError, ZinferError
@@ -92,7 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Outcome:
-    """Everything that was measured, and what came of it; `failures` are of what was to be done with it."""
+    """Everything that was measured, and what came of it; `failures` are of what was to be done with it.
+
+    `window`: the best reads once more, into a window's worth of memory; None where they were not wanted, or failed.
+    """
 
     targets: list[Target]
     direct: bool
@@ -100,6 +103,7 @@ class Outcome:
     refused: dict[str, str]
     measurements: list[Measurement]
     best: dict[str, Measurement] = field(default_factory=dict)
+    window: Measurement | None = None
     comparisons: list[fio_module.Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -201,9 +205,16 @@ def _measure(
     outcome = Outcome(targets, reader.direct, reader.alignment, refused, measurements)
     for direction in plan.directions:
         outcome.best[direction] = choose(item for item in measurements if item.direction == direction)
+    if READ in outcome.best:
+        _attempt(outcome, "reads into a window", lambda: _into_window(outcome, plan.seconds))
     if arguments.fio:
         _attempt(outcome, "fio", lambda: _compare(outcome))
     return outcome
+
+
+def _into_window(outcome: Outcome, seconds: float) -> None:
+    best = outcome.best[READ]
+    outcome.window = into_window(outcome.targets, best.setting, seconds, best.rate)
 
 
 def _compare(outcome: Outcome) -> None:
@@ -278,8 +289,8 @@ def _to_be_saved(arguments: argparse.Namespace, outcome: Outcome) -> bool:
 
 
 def _save(outcome: Outcome) -> None:
-    """Keep the best read setting as the profile of each drive, with that drive's part of the rate."""
-    best, writes = outcome.best[READ], outcome.best.get(WRITE)
+    """Keep the best read setting as the profile of each drive, with its part of the rate, into a window if known."""
+    best, writes = outcome.window or outcome.best[READ], outcome.best.get(WRITE)
     for number, group in enumerate(by_drive(outcome.targets)):
         profile = Profile(
             best.setting.backend,
@@ -328,6 +339,12 @@ def _as_text(outcome: Outcome) -> str:
             f"\nbest for {direction}s: {setting.backend}, blocks of {size_text(setting.block_bytes)}, "
             f"{'threads' if setting.backend == 'threads' else 'depth'} {setting.depth}: {best.rate / 1e9:.2f} GB/s"
         )
+        if direction == READ and outcome.window is not None:
+            window = outcome.window
+            text += (
+                f"\n  into {size_text(WINDOW_BYTES)} of memory, as zinfer reads ahead: {window.rate / 1e9:.2f} GB/s "
+                f"({window.low / 1e9:.2f}-{window.high / 1e9:.2f})"
+            )
     return text + "\n" + "".join(f"{note}\n" for note in outcome.notes)
 
 
@@ -350,6 +367,7 @@ def _as_json(outcome: Outcome) -> str:
         "refused": outcome.refused,
         "measurements": [item.as_dict() for item in outcome.measurements],
         "best": {direction: item.as_dict() for direction, item in outcome.best.items()},
+        "into_window": outcome.window.as_dict() if outcome.window is not None else None,
         "fio": [item.as_dict() for item in outcome.comparisons],
         "notes": outcome.notes,
         "failures": outcome.failures,
