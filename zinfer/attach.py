@@ -76,13 +76,13 @@ def _refused(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """What .to() and its like apply to each tensor: nothing to do, or an explanation."""
-    for dtype in {tensor.dtype for tensor in self.parameters()}:
-        probe = torch.empty(0, dtype=dtype)
+    for dtype, device in {(tensor.dtype, tensor.device) for tensor in self.parameters()}:
+        probe = torch.empty(0, dtype=dtype, device=device)
         try:
             moved = fn(probe)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise OptionError(
-                f"this model computes on the CPU, where its weights stream to: {error}"
+                f"this model computes on {device}, where its weights stream to: {error}"
             ) from error
         if moved is not probe:
             raise OptionError(

@@ -12,7 +12,7 @@ from torch import nn
 from zinfer.errors import OptionError
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
-from zinfer.report import Report
+from zinfer.report import DeviceFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -55,7 +55,8 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
-        coordinator, account = self._streaming.coordinator, self._streaming.account
+        coordinator = self._streaming.coordinator
+        account = self._streaming.host or self._streaming.account
         drives, counters = coordinator.device.drives, coordinator.counters
         steady = self._log.steady()
         # A copy: other threads may wait meanwhile.
@@ -71,15 +72,15 @@ class Runtime:
             backend=drives.backend,
             direct=all(file.direct for file in drives.files.values()),
             drives=tuple(map(str, drives.settings)),
-            model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
+            model_bytes=sum(w.nbytes for w in self._streaming.weights) + self._streaming.account.small,
             budget=account.ceiling,
             planned_resident_bytes=account.residents,
-            resident_bytes=self.resident_bytes,
+            resident_bytes=self._host_bytes,
             window_bytes=account.window,
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
-            cache_bytes=0 if self._residency is None else self._residency.cache_bytes,
+            cache_bytes=self._cache_bytes if self._streaming.host is None else 0,
             pool_bytes=sum(pool.capacity for pool in pools),
             huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
@@ -107,11 +108,37 @@ class Runtime:
             waits_by_weight=dict(waits),
             process_peak_bytes=process_peak(),
             fallbacks=self._fallbacks(),
+            device=self._device_figures(),
+        )
+
+    def _device_figures(self) -> DeviceFigures | None:
+        if self._streaming.host is None:
+            return None
+        account = self._streaming.account
+        return DeviceFigures(
+            name=self._streaming.coordinator.device.name,
+            budget=account.ceiling,
+            planned_resident_bytes=account.residents,
+            resident_bytes=self.resident_bytes,
+            window_bytes=account.window,
+            small_bytes=account.small,
+            conversion_bytes=account.conversions,
+            cache_bytes=self._cache_bytes,
         )
 
     @property
+    def _cache_bytes(self) -> int:
+        return 0 if self._residency is None else self._residency.cache_bytes
+
+    @property
+    def _host_bytes(self) -> int:
+        """Bytes of weights that are in host memory for good by now."""
+        kept = self._streaming.coordinator.device.kept_bytes
+        return kept + (self.resident_bytes if self._streaming.host is None else 0)
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes of weights that are in memory for good by now, small tensors included."""
+        """Bytes of weights that are for good in the memory that computes by now, small tensors included."""
         weights = self._streaming.weights
         return sum(w.nbytes for w in weights if w.resident is not None) + self._streaming.account.small
 
@@ -197,7 +224,8 @@ class Runtime:
         """A hook for after the model's forward."""
         if self._recorder is not None:
             self._recorder.end_sweep()
-        self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
+        on_device = 0 if self._streaming.host is None else self.resident_bytes
+        self._log.end(self._mark(), host_bytes=self._host_bytes, device_bytes=on_device)
         if self._residency is not None:
             self._residency.after(kwargs, output)
         self._streaming.coordinator.device.hurry()

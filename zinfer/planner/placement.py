@@ -48,12 +48,13 @@ class Placement:
         return self.resident_bytes + self.window_bytes + self.transient_bytes
 
 
-def place(weights: Sequence[Footprint], available: int) -> Placement:
+def place(weights: Sequence[Footprint], available: int, through: int = 0) -> Placement:
     """The placement with the fastest sweep within `available` bytes; `weights` are in operator order.
 
-    Raises BudgetError with the smallest number of bytes that works.
+    The window has `through` bytes at least, for others that pass. Raises BudgetError with the smallest number of bytes
+    that works.
     """
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     transient = max((w.transient for w in weights), default=0)
     room = available - transient
     order, by_size = _streamable(weights)
@@ -72,7 +73,8 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
                 options.append(option)
     if options:
         return min(options, key=lambda option: (_drive_bytes(weights, order, option), -option.window_bytes))
-    raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+    least = smallest(weights, through)
+    raise BudgetError(f"{available} bytes for weights are too few, {least} would do", least)
 
 
 def divided(weights: Sequence[Footprint], first: Placement, within: int) -> Placement:
@@ -117,9 +119,9 @@ def _streams_through(window: int, weight: Footprint) -> bool:
     return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 
-def smallest(weights: Sequence[Footprint]) -> int:
+def smallest(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which `place` finds a placement."""
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     _, by_size = _streamable(weights)
     kept, options = 0, [sum(w.resident for w in weights) + converted]
     for i in by_size:
@@ -129,15 +131,15 @@ def smallest(weights: Sequence[Footprint]) -> int:
     return min(options) + max((w.transient for w in weights), default=0)
 
 
-def all_resident(weights: Sequence[Footprint]) -> int:
+def all_resident(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which every weight, embeddings included, is resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted, _ = _window_floors(weights, through)
     return sum(w.resident for w in weights) + converted + max((w.transient for w in weights), default=0)
 
 
-def _window_floors(weights: Sequence[Footprint]) -> tuple[int, int]:
+def _window_floors(weights: Sequence[Footprint], through: int) -> tuple[int, int]:
     """The least window with everything resident, and with only what operators ask for in full resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted = max([through, *(w.window for w in weights if w.transient)])
     tables = (w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW)
     return converted, max(converted, max(tables, default=0))
 
