@@ -151,7 +151,12 @@ class Runtime:
     @property
     def sweep_bytes(self) -> int:
         """Bytes that a sweep is expected to read once the residents are loaded."""
-        return sum(w.read_bytes for w in self._streaming.weights if not (w.wants_residence or w.rows_only))
+        device = self._streaming.coordinator.device
+        return sum(
+            weight.read_bytes
+            for weight in self._streaming.weights
+            if not (weight.wants_residence or weight.rows_only or device.in_place(weight))
+        )
 
     @property
     def sweeps(self) -> int:

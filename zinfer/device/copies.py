@@ -63,15 +63,15 @@ class Copies:
 
     def _start_copies(self) -> None:
         while (reference := self._fetches.get()) is not None:
-            while not self._closing.is_set():
-                fetch = reference()
-                if fetch is None or self._started(fetch):
-                    break
-                del fetch
+            while not self._closing.is_set() and not self._started(reference):
+                pass
 
     @staticmethod
-    def _started(fetch: LiftedFetch) -> bool:
-        """Whether nothing is left to do for `fetch`; waits a little for its read."""
+    def _started(reference: weakref.ref[LiftedFetch]) -> bool:
+        """Whether nothing is left to do for a fetch, which is held here alone; waits a little for its read."""
+        fetch = reference()
+        if fetch is None:
+            return True
         try:
             if not fetch.landed(LOOK_EVERY):
                 return False
