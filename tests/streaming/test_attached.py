@@ -16,6 +16,7 @@ from zinfer.device.staged import StagedProcessor
 
 MEMORY = 1 << 34  # of the pretended device
 CACHES = 60_000  # bytes: what the longest of these tests caches, and its activations
+BUFFERS = 64 << 10  # bytes, the engine's
 LATE = 0.002  # seconds
 
 
@@ -37,6 +38,7 @@ def staged(seed: int = 0) -> StagedProcessor:
 
 def run_within(folder: str, processor: StagedProcessor, device: int, host: int, **options):
     """Stream within `device` and `host` bytes, or within the fewest that work."""
+    device += CACHES
     for _ in range(4):
         try:
             return zinfer.run(folder, device=processor, max_memory={0: device, "cpu": host}, **options)
@@ -59,9 +61,9 @@ def mixes(total: int) -> dict[str, tuple[int, int]]:
     """Budgets of device and host that make weights live on each tier, and on several."""
     return {
         "device": (4 * total, 2 * total),
-        "device and host": (total // 2, 2 * total),
+        "device and host": (total // 2, 2 * total + BUFFERS),
         "device and nvme": (total // 2, 1),
-        "all tiers": (total // 3, total // 2),
+        "all tiers": (total // 3, int(total * 0.8) + BUFFERS),
         "hardly anything": (1, 1),
     }
 
@@ -78,11 +80,12 @@ def test_each_mix_of_tiers_is_bit_equal(name, mix, saved, nothing_left):
     assert_same(reference, model, name)
     report = model.zinfer.report()
     assert report.device is not None
-    assert (report.device.resident_bytes + report.resident_bytes < report.model_bytes // 2) == (
-        mix == "hardly anything"
+    assert report.device.window_bytes > 0 or mix == "device", (
+        "nothing passed through: the test proves nothing"
     )
     assert (report.resident_bytes > 0) == (mix in ("device and host", "all tiers"))
-    assert (model.zinfer.sweep_bytes > 0) == (mix in ("device and nvme", "all tiers", "hardly anything"))
+    if mix != "device and host":  # there, what leaves the device for caches comes from the drive
+        assert (model.zinfer.sweep_bytes > 0) == (mix != "device")
     finish(model, processor)
 
 

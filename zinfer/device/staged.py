@@ -60,7 +60,7 @@ class StagedEvent:
 
 
 class StagedProcessor:
-    """`nbytes` of memory apart, for one model. `delay` scripts how late things are; `check`: look for bytes changed too early.
+    """`nbytes` of memory apart, for one model. `delay` scripts how late things are; `check`: look for races.
 
     `races` lists what was found, and `peak` is the most bytes that were allocated at once, for tests. Copies of one
     urgency run one after the other.
