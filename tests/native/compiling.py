@@ -57,7 +57,9 @@ def compile_program(
         compiled = list(pool.map(compile_one, [*wanted, ROOT / f"tests/native/{name}.cpp"]))
     program = objects / f"{name}-{digest([*flags, *links])}"
     libraries = ["-ldl", *(["-luring"] if uring else [])]
-    subprocess.run([COMPILER, *flags, *links, *compiled, "-o", str(program), *libraries], check=True, timeout=120)
+    subprocess.run(
+        [COMPILER, *flags, *links, *compiled, "-o", str(program), *libraries], check=True, timeout=120
+    )
     return program
 
 
