@@ -16,6 +16,7 @@ import pytest
 
 import zinfer
 import zinfer.aio.drives
+from tests.interpreters import LIBRARIES_ONLY
 from zinfer.aio import Engine, File, portable
 from zinfer.aio.portable import split
 from zinfer.errors import OptionError
@@ -171,7 +172,7 @@ def run_python(code: str, *arguments: str, **options) -> subprocess.Popen:
     if os.environ.get("ZINFER_PORTABLE") == "1":
         code = f"from tests.aio import scripted\nscripted.install()\n{code}"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", LIBRARIES_ONLY + code, *arguments],
         env=environment,
         cwd=root,  # not the caller's folder: `-c` puts it first on the path
         stdout=subprocess.PIPE,
