@@ -98,8 +98,11 @@ def implementation(request, monkeypatch):
     chosen = getattr(request, "param", "")
     if chosen != "portable":
         return chosen
-    if "io_uring" in [request.node.callspec.params.get(name) for name in ("backend", "other")]:
+    backends = [request.node.callspec.params.get(name) for name in ("backend", "other")]
+    if "io_uring" in backends:
         pytest.skip("io_uring needs the compiled module")
+    if NO_LIBRARY and ("libaio" in backends or needs_libaio.mark in request.node.iter_markers("skipif")):
+        pytest.skip(NO_LIBRARY)
     monkeypatch.setattr(scripted.engine, "make_backend", scripted.make_backend)
     theirs = {
         "Engine": portable.Engine,
@@ -114,6 +117,18 @@ def implementation(request, monkeypatch):
     # What run_python starts: the same implementation, the same scripted backend.
     monkeypatch.setenv("ZINFER_PORTABLE", "1")
     return chosen
+
+
+def _no_library() -> str:
+    """Why the portable engine has no libaio, which it takes from the system's library; "" where it has."""
+    try:
+        portable.Engine("libaio").close()
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+NO_LIBRARY = _no_library()
 
 
 def compiled_only(test):
