@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import zinfer
+from tests.interpreters import LIBRARIES_ONLY
 
 ROOT = Path(zinfer.__file__).parent
 PUBLIC = [
@@ -198,3 +201,14 @@ def test_no_modules_import_each_other_in_a_circle():
 
     for name in sorted(graph):
         visit(name, ())
+
+
+def test_the_io_library_and_the_pool_need_no_torch():
+    """Nor does what measures a drive. Their own tests start interpreters by the dozen, and rely on it."""
+    code = (
+        "import zinfer.aio.drives, zinfer.aio.portable, zinfer.aio_bench, zinfer.pinned.portable\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", LIBRARIES_ONLY + code]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

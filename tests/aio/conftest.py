@@ -16,6 +16,7 @@ import pytest
 
 import zinfer
 import zinfer.aio.drives
+from tests.interpreters import LIBRARIES_ONLY
 from zinfer.aio import Engine, File, portable
 from zinfer.aio.portable import split
 from zinfer.errors import OptionError
@@ -97,8 +98,11 @@ def implementation(request, monkeypatch):
     chosen = getattr(request, "param", "")
     if chosen != "portable":
         return chosen
-    if "io_uring" in [request.node.callspec.params.get(name) for name in ("backend", "other")]:
+    backends = [request.node.callspec.params.get(name) for name in ("backend", "other")]
+    if "io_uring" in backends:
         pytest.skip("io_uring needs the compiled module")
+    if NO_LIBRARY and ("libaio" in backends or needs_libaio.mark in request.node.iter_markers("skipif")):
+        pytest.skip(NO_LIBRARY)
     monkeypatch.setattr(scripted.engine, "make_backend", scripted.make_backend)
     theirs = {
         "Engine": portable.Engine,
@@ -113,6 +117,18 @@ def implementation(request, monkeypatch):
     # What run_python starts: the same implementation, the same scripted backend.
     monkeypatch.setenv("ZINFER_PORTABLE", "1")
     return chosen
+
+
+def _no_library() -> str:
+    """Why the portable engine has no libaio, which it takes from the system's library; "" where it has."""
+    try:
+        portable.Engine("libaio").close()
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+NO_LIBRARY = _no_library()
 
 
 def compiled_only(test):
@@ -171,7 +187,7 @@ def run_python(code: str, *arguments: str, **options) -> subprocess.Popen:
     if os.environ.get("ZINFER_PORTABLE") == "1":
         code = f"from tests.aio import scripted\nscripted.install()\n{code}"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", LIBRARIES_ONLY + code, *arguments],
         env=environment,
         cwd=root,  # not the caller's folder: `-c` puts it first on the path
         stdout=subprocess.PIPE,

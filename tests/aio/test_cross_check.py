@@ -31,6 +31,8 @@ extents_strategy = st.lists(
 
 def engines(backend):
     """One of each: the portable one takes libaio where the compiled one takes io_uring."""
+    if backend == "libaio" and conftest.NO_LIBRARY:
+        pytest.skip(conftest.NO_LIBRARY)
     options = {"block_bytes": 4 * ALIGNMENT, "depth": 3, "bounce_slot_bytes": 8192}
     theirs = "auto" if backend == "io_uring" else backend
     return zinfer.aio.Engine(backend, **options), portable.Engine(theirs, **options)

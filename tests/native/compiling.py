@@ -1,5 +1,6 @@
 """Builds the native test programs out of the library's own sources."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,20 +33,35 @@ def has_io_uring() -> bool:
     return works("io_uring") and Path("/usr/include/liburing.h").exists()
 
 
-def compile_program(name: str, sources: list[Path], folder: Path, flags: list[str], uring: bool) -> Path:
-    """Compile and link tests/native/<name>.cpp with `sources`, the Python bindings left out."""
+def compile_program(
+    name: str, sources: list[Path], objects: Path, flags: list[str], uring: bool, links: tuple[str, ...] = ()
+) -> Path:
+    """Compile and link tests/native/<name>.cpp with `sources`, the Python bindings left out.
+
+    What was compiled with the same flags lies in `objects` already, and is not compiled again.
+    """
     skipped = {"bindings.cpp"} | (set() if uring else {"io_uring_backend.cpp"})
-    flags = ["-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", f"-DZINFER_HAS_LIBURING={int(uring)}", *flags]
+    flags = ["-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", *flags]
 
     def compile_one(source: Path) -> str:
-        target = folder / f"{source.parent.name}-{source.stem}.o"
-        subprocess.run([COMPILER, *flags, "-c", str(source), "-o", str(target)], check=True, timeout=120)
+        ours = [*flags, *([f"-DZINFER_HAS_LIBURING={int(uring)}"] * (source.parent.name == "aio"))]
+        target = objects / f"{source.parent.name}-{source.stem}-{digest(ours)}.o"
+        if not target.exists():
+            part = target.with_suffix(".part")
+            subprocess.run([COMPILER, *ours, "-c", str(source), "-o", str(part)], check=True, timeout=120)
+            part.rename(target)
         return str(target)
 
     wanted = [source for source in sources if source.name not in skipped]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*wanted, ROOT / f"tests/native/{name}.cpp"]))
-    program = folder / name
-    links = ["-ldl", *(["-luring"] if uring else [])]
-    subprocess.run([COMPILER, *flags, *objects, "-o", str(program), *links], check=True, timeout=120)
+        compiled = list(pool.map(compile_one, [*wanted, ROOT / f"tests/native/{name}.cpp"]))
+    program = objects / f"{name}-{digest([*flags, *links])}"
+    libraries = ["-ldl", *(["-luring"] if uring else [])]
+    subprocess.run(
+        [COMPILER, *flags, *links, *compiled, "-o", str(program), *libraries], check=True, timeout=120
+    )
     return program
+
+
+def digest(flags: list[str]) -> str:
+    return hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]

@@ -11,12 +11,10 @@ SHAPES = ("fifo", "nearly fifo", "uniform", "threads")
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory, pytestconfig):
+def figures(objects, pytestconfig):
     """What the program printed: shape -> name -> number. It fails by itself for overlaps and lost bytes."""
     operations = pytestconfig.getoption("--pool-operations")
-    program = compile_program(
-        "pool_soak", PINNED, tmp_path_factory.mktemp("soak"), ["-O2", "-g"], uring=False
-    )
+    program = compile_program("pool_soak", PINNED, objects, ["-O2", "-g"], uring=False)
     command = [str(program), str(operations), str(operations % 1000)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

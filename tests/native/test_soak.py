@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .compiling import AIO, PINNED, compile_program, needs_compiler
+from .compiling import AIO, PINNED, compile_program, has_io_uring, needs_compiler
 
 RAM = Path("/dev/shm")
 
@@ -25,9 +25,9 @@ def quick_folder(tmp_path):
 
 
 @needs_compiler
-def test_every_byte_is_right_or_an_error_and_nothing_is_left_over(tmp_path, quick_folder, pytestconfig):
+def test_every_byte_is_right_or_an_error_and_nothing_is_left_over(objects, quick_folder, pytestconfig):
     requests = pytestconfig.getoption("--requests")
-    program = compile_program("aio_soak", [*AIO, *PINNED], tmp_path, ["-O1", "-g"], uring=False)
+    program = compile_program("aio_soak", [*AIO, *PINNED], objects, ["-O1", "-g"], has_io_uring())
     command = [str(program), str(quick_folder), str(requests), str(requests % 1000)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

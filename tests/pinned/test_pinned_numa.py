@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.interpreters import LIBRARIES_ONLY
 from zinfer.errors import OptionError
 from zinfer.pinned import COMPILED, Pool
 from zinfer.pinned.numa import node_for, online_nodes
@@ -75,7 +76,7 @@ else:
     pool.close()
     assert pool.numa_reason == "the pool is closed"
 """
-    command = [sys.executable, "-W", "error", "-c", program]
+    command = [sys.executable, "-W", "error", "-c", LIBRARIES_ONLY + program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     if done.stdout == "no seccomp here\n":

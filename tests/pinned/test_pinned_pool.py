@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import zinfer.pinned
+from tests.interpreters import LIBRARIES_ONLY
 from zinfer.errors import BudgetError, ClosedError, OptionError
 from zinfer.pinned import Pool
 
@@ -27,7 +28,7 @@ def small_pool(pages=16):
 def run_python(code):
     """Runs `code` in a fresh interpreter, where a fork meets no thread of this test run."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-W", "error", "-c", LIBRARIES_ONLY + textwrap.dedent(code)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

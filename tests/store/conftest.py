@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from store_helpers import make_checkpoint
 
+from tests.interpreters import LIBRARIES_ONLY
+
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -57,7 +59,7 @@ def start_python():
     def start(code):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+            [sys.executable, "-W", "error", "-c", LIBRARIES_ONLY + textwrap.dedent(code)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
