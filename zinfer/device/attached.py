@@ -184,7 +184,9 @@ class AttachedDevice(Host):
             nbytes = self._layout(weight).nbytes
             lease = self._own_memory(nbytes) if fetch.settles else None
             if fetch.settles and lease is None:
-                logger.warning("%s is short of memory: %r streams from now on", self.processor.name, weight.name)
+                logger.warning(
+                    "%s is short of memory: %r streams from now on", self.processor.name, weight.name
+                )
                 weight.wants_residence = fetch.settles = False
             if lease is None:
                 arena = self._arena
