@@ -81,7 +81,9 @@ def test_each_mix_of_tiers_is_bit_equal(name, mix, saved, nothing_left):
     assert report.device is not None
     streamed = report.device.resident_bytes < report.model_bytes
     assert streamed == (mix != "device")
-    assert (report.resident_bytes > 0) == (mix in ("device and host", "all tiers", "hardly anything")) or not streamed
+    assert (report.resident_bytes > 0) == (
+        mix in ("device and host", "all tiers", "hardly anything")
+    ) or not streamed
     finish(model, processor)
 
 
