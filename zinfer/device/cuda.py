@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zinfer.device.processor import ALIGNMENT, Event
+from zinfer.device.processor import ALIGNMENT, POISON, Event
 from zinfer.errors import BudgetError
 
 MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
@@ -53,12 +53,16 @@ class CudaEvent:
 
 
 class CudaProcessor:
-    """The GPU `device`. `timed`: events tell when copies ran, which costs microseconds each."""
+    """The GPU `device`. `timed`: events tell when copies ran, which costs microseconds each.
+
+    `poison`, for tests: memory that was given back is overwritten as soon as the operators that it was given to have
+    run, so that one which still read it would compute nonsense.
+    """
 
     page_locks = True
     keeps_residue = False
 
-    def __init__(self, device: torch.device, *, timed: bool = False) -> None:
+    def __init__(self, device: torch.device, *, timed: bool = False, poison: bool = False) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device(device.type, index)
         self.name = f"{self.torch_device} ({torch.cuda.get_device_name(index)})"
@@ -67,6 +71,8 @@ class CudaProcessor:
             True: torch.cuda.Stream(self.torch_device, priority=URGENT_PRIORITY),
             False: torch.cuda.Stream(self.torch_device),
         }
+        # Of its own: a copy behind it in line would wait for operators that have nothing to do with it.
+        self._poisoning = torch.cuda.Stream(self.torch_device) if poison else None
         self._origin: tuple[torch.cuda.Event, float] | None = None
         if timed:
             origin = torch.cuda.Event(enable_timing=True)
@@ -90,9 +96,9 @@ class CudaProcessor:
         return free + idle, total
 
     def limit(self, nbytes: int | None) -> None:
-        """See Processor: of what torch allocates, whoever asks for it."""
+        """See Processor: of what torch allocates, whoever asks for it; cuBLAS's workspace besides."""
         total = torch.cuda.mem_get_info(self.torch_device)[1]
-        share = 1.0 if nbytes is None else min(1.0, nbytes / total)
+        share = 1.0 if nbytes is None else min(1.0, (nbytes + WORKSPACE) / total)
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
     def block(self, nbytes: int) -> torch.Tensor:
@@ -106,10 +112,10 @@ class CudaProcessor:
                 f"{self.name} has {free} bytes free, and {nbytes} are asked for: end what else uses it, or lower "
                 f"max_memory[{self.torch_device.index}]"
             ) from error
-        for (
-            stream
-        ) in self._streams.values():  # torch's allocator waits for them before it gives the memory away
-            block.record_stream(stream)
+        # torch's allocator waits for them before it gives the memory away
+        for stream in (*self._streams.values(), self._poisoning):
+            if stream is not None:
+                block.record_stream(stream)
         assert block.data_ptr() % ALIGNMENT == 0
         return block
 
@@ -152,7 +158,14 @@ class CudaProcessor:
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor."""
-        return [self.fence(stream) for stream in streams]
+        fences = [self.fence(stream) for stream in streams]
+        if self._poisoning is None or not fences:
+            return fences
+        with torch.cuda.stream(self._poisoning):
+            for fence in fences:
+                self.follow(fence)
+            block[start : start + nbytes].fill_(POISON)
+        return [self.fence(self._poisoning)]
 
     def close(self) -> None:
         """See Processor: its streams end with it."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 ALIGNMENT = 512  # bytes: torch's CUDA allocator aligns to it, and kernels are chosen by it
+POISON = 0xFF  # a byte; NaN in every floating-point format
 
 
 class Event(Protocol):

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from zinfer.device.processor import ALIGNMENT, Event
+from zinfer.device.processor import ALIGNMENT, POISON, Event
 from zinfer.errors import BudgetError
 
-POISON = 0xFF  # NaN in every floating-point format
 URGENT, ORDINARY = "urgent", "ordinary"
 Delay = Callable[
     [str], float
