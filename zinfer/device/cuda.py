@@ -67,6 +67,7 @@ class CudaProcessor:
             True: torch.cuda.Stream(self.torch_device, priority=URGENT_PRIORITY),
             False: torch.cuda.Stream(self.torch_device),
         }
+        self._caches = {back: torch.cuda.Stream(self.torch_device) for back in (False, True)}
         self._origin: tuple[torch.cuda.Event, float] | None = None
         if timed:
             origin = torch.cuda.Event(enable_timing=True)
@@ -106,9 +107,8 @@ class CudaProcessor:
                 f"{self.name} has {free} bytes free, and {nbytes} are asked for: end what else uses it, or lower "
                 f"max_memory[{self.torch_device.index}]"
             ) from error
-        for (
-            stream
-        ) in self._streams.values():  # torch's allocator waits for them before it gives the memory away
+        # torch's allocator waits for them before it gives the memory away
+        for stream in (*self._streams.values(), *self._caches.values()):
             block.record_stream(stream)
         assert block.data_ptr() % ALIGNMENT == 0
         return block
@@ -127,7 +127,20 @@ class CudaProcessor:
         self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, urgent: bool
     ) -> Event:
         """See Processor."""
-        stream = self._streams[urgent]
+        return self._start(moves, after, self._streams[urgent])
+
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, self._caches[back])
+
+    def _start(
+        self,
+        moves: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[Event],
+        stream: torch.cuda.Stream,
+    ) -> Event:
         end = CudaEvent(self._origin, sum(source.nbytes for _, source in moves))
         with torch.cuda.stream(stream):
             for earlier in after:

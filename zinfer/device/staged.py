@@ -25,9 +25,10 @@ from zinfer.errors import BudgetError
 
 POISON = 0xFF  # NaN in every floating-point format
 URGENT, ORDINARY = "urgent", "ordinary"
+INTO, BACK = "into", "back"
 Delay = Callable[
     [str], float
-]  # seconds to wait before an "urgent" or "ordinary" copy runs, or a "fence" is reached
+]  # seconds to wait before an "urgent", "ordinary", "into" or "back" copy runs, or a "fence" is reached
 
 
 def no_delay(kind: str) -> float:
@@ -118,7 +119,17 @@ class StagedProcessor:
         self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, urgent: bool
     ) -> Event:
         """See Processor."""
-        kind = URGENT if urgent else ORDINARY
+        return self._start(moves, after, URGENT if urgent else ORDINARY)
+
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, BACK if back else INTO)
+
+    def _start(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], kind: str
+    ) -> Event:
         event = StagedEvent(sum(source.nbytes for _, source in moves))
         self._worker(kind).put(partial(self._copy, list(moves), tuple(after), kind, event))
         return event

@@ -1,0 +1,126 @@
+"""transformers' cache layers with their keys and values in host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from zinfer.kv_offload.lane import Lane
+from zinfer.kv_offload.positions import Kind, Positions
+
+
+class OnHost(DynamicLayer):
+    """What a layer does differently when its states are in host memory: it has them on the device in update() only.
+
+    All else is its class's own code. Between updates `keys` and `values` have shape and dtype, on torch's meta device,
+    and no bytes: methods that ask for lengths, or slice, work on those, and the slice tells what to drop.
+    """
+
+    positions: Positions
+    lane: Lane
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As its class's: the states of all positions that the operators need, on the device."""
+        positions, new = self.positions, key_states.shape[-2]
+        if positions.length:
+            self.keys, self.values = self.lane.bring(positions)
+        elif self.is_initialized:
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        try:
+            full: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            kept = self.keys.shape[-2]
+            self._forget()  # so that the next layer can come where this one's states were
+            fresh = min(new, kept)
+            if fresh == kept:
+                positions.clear()
+                positions.keys, positions.values = Kind.of(key_states), Kind.of(value_states)
+            else:
+                positions.keep(positions.length + fresh - kept, kept - fresh)
+            if fresh:
+                self.lane.send(positions, key_states[:, :, new - fresh :], value_states[:, :, new - fresh :])
+        finally:
+            self._stand_in()
+        self.lane.go_on(positions, new)
+        return full
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As its class's."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self.positions.keep(self.keys.storage_offset() // max(self.keys.stride(-2), 1), self.keys.shape[-2])
+            self._stand_in()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """As its class's, in host memory."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As its class's, in host memory."""
+        self.batch_select_indices(torch.arange(self.positions.keys.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As its class's, in host memory."""
+        if self.positions.length:
+            self.positions.select(torch.arange(self.positions.keys.rows)[indices.cpu()])
+            self._stand_in()
+
+    def reset(self) -> None:
+        """As its class's."""
+        super().reset()
+        self.positions.clear()
+        self._forget()
+        self.is_initialized = False
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+
+    def _stand_in(self) -> None:
+        self.keys = self.positions.keys.stand_in(self.positions.length)
+        self.values = self.positions.values.stand_in(self.positions.length)
+
+
+class OnHostLayer(OnHost):
+    """All positions, in host memory."""
+
+
+class OnHostSlidingLayer(OnHost, DynamicSlidingWindowLayer):
+    """A sliding window of positions, in host memory."""
+
+
+# What each kind of layer becomes. Those in STAYING have little, or nothing: recurrent states do not grow.
+MOVED: dict[type, type[OnHost]] = {DynamicLayer: OnHostLayer, DynamicSlidingWindowLayer: OnHostSlidingLayer}
+STAYING = (DummyLayer, LinearAttentionLayer)
+
+
+def layers_on_host(cache: Any) -> list[OnHost]:
+    """The layers of `cache` whose states are in host memory."""
+    return [layer for layer in getattr(cache, "layers", None) or () if isinstance(layer, OnHost)]
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether `cache` is a DynamicCache that could go to host memory: plain, and nothing in it yet."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not cache.layers:
+        return False
+    return not any(
+        isinstance(layer, OnHost) or (type(layer) in MOVED and layer.is_initialized) for layer in cache.layers
+    )
+
+
+def move_to_host(cache: Cache, lane: Lane) -> None:
+    """Have the layers of `cache`, an empty one, keep what they are given in host memory, and come through `lane`."""
+    for layer in cache.layers:
+        moved = MOVED.get(type(layer))
+        if moved is not None:
+            layer.__class__ = moved  # type: ignore[assignment]
+            layer.lane, layer.positions = lane, lane.add()  # type: ignore[union-attr]
