@@ -61,7 +61,7 @@ class StagedEvent:
 
 
 class StagedProcessor:
-    """`nbytes` of memory apart. `delay` scripts how late things are; `check`: look for bytes changed too early.
+    """`nbytes` of memory apart, for one model. `delay` scripts how late things are; `check`: look for bytes changed too early.
 
     `races` lists what was found, and `peak` is the most bytes that were allocated at once, for tests. Copies of one
     urgency run one after the other.
@@ -81,6 +81,7 @@ class StagedProcessor:
         self._delay = delay
         self._check = check
         self._lock = threading.RLock()
+        self._closed = False
         self._jobs: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
 
     def memory(self) -> tuple[int, int]:
@@ -146,7 +147,7 @@ class StagedProcessor:
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor. As if a kernel still read it: reached late, and then nothing may have changed."""
-        if not streams:
+        if not streams or self._closed:
             return []
         event = StagedEvent()
         tensor = self.over(block, start, nbytes)[0]
@@ -156,6 +157,7 @@ class StagedProcessor:
     def close(self) -> None:
         """See Processor."""
         with self._lock:
+            self._closed = True  # what is given back from here on is not used anew
             for jobs in self._jobs.values():
                 jobs.put(None)
             self._jobs.clear()
@@ -179,9 +181,7 @@ class StagedProcessor:
             earlier.wait()
         self._sleep(kind)
         started = time.perf_counter()
-        for target, source in moves:
-            target.copy_(source)
-        moves.clear()
+        _move(moves)
         event.reach(started)
 
     def _retire(self, tensor: torch.Tensor, before: int | None, event: StagedEvent) -> None:
@@ -211,6 +211,13 @@ class Block(mmap.mmap):
     def __new__(cls, nbytes: int) -> Block:
         """At least `nbytes` bytes, zero."""
         return super().__new__(cls, -1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Carry them out; no tensor of them is held any more when it returns."""
+    for target, source in moves:
+        target.copy_(source)
+    moves.clear()
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
