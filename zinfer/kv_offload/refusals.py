@@ -35,7 +35,7 @@ def check_model(model: nn.Module) -> None:
             model, "cross-attention takes an encoder's keys and values out of the cache without asking it to bring them"
         )
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        _refuse(model, "its cache is a recurrent state, which does not grow")
+        _refuse(model, "it takes no past_key_values: its cache is a recurrent state, which does not grow, or its own")
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     strange = sorted(kind.__name__ for kind in kinds if kind not in MOVED and kind not in STAYING)
     if strange:
