@@ -92,9 +92,11 @@ class CachesOnHost:
         if coming is None:
             return
         foreseen = cache_growth(cache, self._config, self._itemsize, coming)
-        spare = sum(layer.positions.spare_bytes for layer in layers_on_host(cache))
-        rounding = 2 * PAGE * (foreseen.layers + 2 * foreseen.nbytes // LARGEST_BLOCK)
-        more = foreseen.nbytes + rounding - spare
+        layers = layers_on_host(cache)
+        first = foreseen.nbytes // max(1, foreseen.layers * coming.tokens)  # bytes of a position before there is one
+        growth = sum(layer.growth(coming.tokens) * (layer.positions.width or first) for layer in layers)
+        rounding = 2 * PAGE * (len(layers) + 2 * growth // LARGEST_BLOCK)
+        more = growth + rounding - sum(layer.positions.spare_bytes for layer in layers)
         if not foreseen.sure or self._space.in_use + more <= self._space.limit:
             return
         gc.collect()  # caches may sit in reference cycles
@@ -103,7 +105,7 @@ class CachesOnHost:
         if used + more <= self._space.limit:
             return
         needed = used + more
-        fit = coming.rows * max(0, self._space.limit - used - rounding) // max(foreseen.nbytes, 1)
+        fit = coming.rows * max(0, self._space.limit - used - rounding) // max(growth, 1)
         # A quarter of the budget is kept for caches, or all that weights leave, if that is less.
         smallest = max(CACHE_SHARE * needed, self._weights + needed)
         smallest += bounce_bytes(2 * smallest)

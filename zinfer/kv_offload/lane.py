@@ -47,7 +47,7 @@ class Arrival:
 
 
 class Lane:
-    """Brings the layers in the order in which they were added to `processor`, each while the operators of the one before it run, and back.
+    """Brings layers to `processor`, each while the operators of the one added before it run, and back.
 
         update of layer n: stored positions, in the arena, and new ones are joined, in memory of torch's
             -> the arena is free: layer n + 1 comes there; the new positions go to host memory through `_out`
@@ -71,11 +71,12 @@ class Lane:
         self._order.append(Positions(self._space))
         return self._order[-1]
 
-    def bring(self, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def bring(self, positions: Positions, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of `positions`, which what the calling thread's stream is given from now on can read.
 
-        The next layer can come only once both are dropped.
+        `new` positions will go back. The next layer can come only once both tensors are dropped.
         """
+        self._out = self._fitting(self._out, self._widest * new)
         arrival, self._ahead = self._ahead, None
         if arrival is None or arrival.positions is not positions or not arrival.current:
             arrival = None  # its memory is free from here on
@@ -92,12 +93,12 @@ class Lane:
             positions.values.states(memory[values:], positions.length),
         )
 
-    def send(self, positions: Positions, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append these states to `positions`; the copy runs on when this returns. Raises BudgetError."""
+    def send(self, positions: Positions, keys: torch.Tensor, values: torch.Tensor, new: int) -> None:
+        """Append these states, of the last of `new` positions; the copy runs on when this returns. Raises BudgetError."""
         processor, count = self._processor, keys.shape[-2]
         start = _values_at(positions, count)
         nbytes = start + count * positions.values.nbytes
-        self._out = self._fitting(self._out, nbytes)
+        self._out = self._fitting(self._out, max(nbytes, self._widest * new))
         lease = self._out.acquire(nbytes, PATIENCE)
         if lease is None:
             self._out = Arena(processor, nbytes)
@@ -135,6 +136,11 @@ class Lane:
         memo[id(self)] = twin
         twin._order = [copy.deepcopy(one, memo) for one in self._order]
         return twin
+
+    @property
+    def _widest(self) -> int:
+        """Bytes of a position, and what alignment may add."""
+        return max(one.width for one in self._order) + ALIGNMENT
 
     def _start(self, positions: Positions, timeout: float) -> Arrival | None:
         length, start = positions.length, _values_at(positions, positions.length)

@@ -34,7 +34,7 @@ class OnHost(DynamicLayer):
         """As its class's: the states of all positions that the operators need, on the device."""
         positions, new = self.positions, key_states.shape[-2]
         if positions.length:
-            self.keys, self.values = self.lane.bring(positions)
+            self.keys, self.values = self.lane.bring(positions, new)
         elif self.is_initialized:
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         try:
@@ -48,7 +48,8 @@ class OnHost(DynamicLayer):
             else:
                 positions.keep(positions.length + fresh - kept, kept - fresh)
             if fresh:
-                self.lane.send(positions, key_states[:, :, new - fresh :], value_states[:, :, new - fresh :])
+                last = slice(new - fresh, None)
+                self.lane.send(positions, key_states[:, :, last], value_states[:, :, last], new)
         finally:
             self._stand_in()
         self.lane.go_on(positions, new)
@@ -82,6 +83,10 @@ class OnHost(DynamicLayer):
         self._forget()
         self.is_initialized = False
 
+    def growth(self, new: int) -> int:
+        """Positions that are kept beyond those that are, once `new` came."""
+        return new
+
     def _forget(self) -> None:
         self.keys = self.values = None
 
@@ -96,6 +101,12 @@ class OnHostLayer(OnHost):
 
 class OnHostSlidingLayer(OnHost, DynamicSlidingWindowLayer):
     """A sliding window of positions, in host memory."""
+
+    def growth(self, new: int) -> int:
+        """See OnHost."""
+        length = self.positions.length
+        window = length + new if getattr(self, "record_past", False) else max(self.sliding_window - 1, 1)
+        return max(0, min(length + new, window) - length)
 
 
 # What each kind of layer becomes. Those in STAYING have little, or nothing: recurrent states do not grow.

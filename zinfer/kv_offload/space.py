@@ -63,8 +63,8 @@ class Space:
                 region = pool.acquire(nbytes) if nbytes <= pool.largest_free else None
                 if region is not None:
                     return region
-            pool_added = self._grow(-(-nbytes // PAGE) * PAGE)
-            return None if pool_added is None else pool_added.acquire(nbytes)
+            added = self._grow(-(-nbytes // PAGE) * PAGE)
+            return None if added is None else added.acquire(nbytes)
 
     def hold(self, event: Event, regions: list[Any]) -> None:
         """Keep `regions` until `event`."""
@@ -123,4 +123,5 @@ def refuse_growth(space: Space, nbytes: int) -> BudgetError:
 
 def _drain(flying: deque[tuple[Event, list[Any]]]) -> None:
     while flying:
-        flying.popleft()[0].wait()
+        flying[0][0].wait()
+        flying.popleft()
