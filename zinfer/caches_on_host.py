@@ -83,7 +83,9 @@ class CachesOnHost:
 
     def _makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
         asked = kwargs.get("use_cache")
-        return bool(getattr(self._config.get_text_config(decoder=True), "use_cache", True) if asked is None else asked)
+        return bool(
+            getattr(self._config.get_text_config(decoder=True), "use_cache", True) if asked is None else asked
+        )
 
     def _move(self, cache: Cache) -> None:
         move_to_host(cache, Lane(self._processor, self._space, self._recorder))
@@ -93,7 +95,9 @@ class CachesOnHost:
             return
         foreseen = cache_growth(cache, self._config, self._itemsize, coming)
         layers = layers_on_host(cache)
-        first = foreseen.nbytes // max(1, foreseen.layers * coming.tokens)  # bytes of a position before there is one
+        first = foreseen.nbytes // max(
+            1, foreseen.layers * coming.tokens
+        )  # bytes of a position before there is one
         growth = sum(layer.growth(coming.tokens) * (layer.positions.width or first) for layer in layers)
         rounding = 2 * PAGE * (len(layers) + 2 * growth // LARGEST_BLOCK)
         more = growth + rounding - sum(layer.positions.spare_bytes for layer in layers)

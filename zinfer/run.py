@@ -147,9 +147,7 @@ def _run_checkpoint(
         predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
     return attach(
         model,
-        Runtime(
-            model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict
-        ),
+        Runtime(model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict),
     )
 
 

@@ -42,22 +42,28 @@ def deep(layers: int):
     )
 
 
-SOME = {name: architectures.ALL[name] for name in ("llama", "gemma2", "gemma3", "gpt2", "mistral", "qwen3_moe")}
-SOME |= {name: architectures.ALL[name] for name in ("deepseek_v3", "gpt_oss", "bloom", "falcon", "qwen3_next")}
+SOME = {
+    name: architectures.ALL[name] for name in ("llama", "gemma2", "gemma3", "gpt2", "mistral", "qwen3_moe")
+}
+SOME |= {
+    name: architectures.ALL[name] for name in ("deepseek_v3", "gpt_oss", "bloom", "falcon", "qwen3_next")
+}
 SOME |= {"mistral_that_slides": sliding(), "gemma2_that_slides": slid_gemma()}
 
 
 @pytest.fixture
-def pair(tmp_path):
+def pair(tmp_path, nothing_left):
     """Save a model; returns it in memory, and its twin whose caches go to the host, with the staged device."""
     made = []
 
     def make(source, *, seed: int = 0, device: float = 0.4, host: int = PLENTY, **options):
         cls, config = SOME[source] if isinstance(source, str) else source
         torch.manual_seed(seed)
-        reference = cls(copy.deepcopy(config)).eval()
         folder = str(tmp_path / f"model-{len(made)}")
-        reference.save_pretrained(folder)
+        cls(copy.deepcopy(config)).save_pretrained(folder)
+        reference = cls.from_pretrained(
+            folder
+        ).eval()  # mapped: what it computes depends on addresses, see design.md
         processor = staged(seed)
         nbytes = int(architectures.parameter_bytes(reference) * device) + 2 * CACHES
         options = {"offload": "nvme", "kv_offload": "cpu"} | options
@@ -88,7 +94,7 @@ def assert_generates_the_same(reference, model, ids, **settings):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_every_kind_of_attention_is_bit_equal(name, pair, nothing_left):
+def test_every_kind_of_attention_is_bit_equal(name, pair):
     reference, model, _ = pair(name, seed=len(name))
     assert_generates_the_same(reference, model, IDS)
     assert_generates_the_same(reference, model, ROWS)
@@ -108,14 +114,14 @@ WAYS = {
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides", "mistral_that_slides"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_decode_is_bit_equal(way, name, pair, nothing_left):
+def test_every_way_to_decode_is_bit_equal(way, name, pair):
     reference, model, _ = pair(name, seed=len(way))
     ids = IDS.repeat(1, 3) if way == "prompt lookup" else ROWS
     assert_generates_the_same(reference, model, ids, **WAYS[way])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides"])
-def test_assisted_generation_takes_positions_back(name, pair, nothing_left):
+def test_assisted_generation_takes_positions_back(name, pair):
     reference, model, _ = pair(name)
     torch.manual_seed(99)
     assistant = type(reference)(copy.deepcopy(reference.config)).eval()
@@ -125,7 +131,7 @@ def test_assisted_generation_takes_positions_back(name, pair, nothing_left):
     assert_generates_the_same(reference, model, IDS, assistant_model=assistant, max_new_tokens=30)
 
 
-def test_both_the_model_and_its_assistant_may_keep_their_caches_on_the_host(pair, nothing_left):
+def test_both_the_model_and_its_assistant_may_keep_their_caches_on_the_host(pair):
     reference, model, _ = pair("llama")
     second, assistant, _ = pair("llama", seed=5)
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -134,7 +140,7 @@ def test_both_the_model_and_its_assistant_may_keep_their_caches_on_the_host(pair
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides"])
-def test_a_long_generation_is_bit_equal(name, pair, nothing_left):
+def test_a_long_generation_is_bit_equal(name, pair):
     reference, model, _ = pair(name)
     assert_generates_the_same(reference, model, IDS, max_new_tokens=150)
 
@@ -155,7 +161,7 @@ def assert_equal(expected, found):
         assert torch.equal(there, here)
 
 
-def test_a_loop_by_hand_has_its_cache_on_the_host_unless_it_brings_its_own(pair, nothing_left):
+def test_a_loop_by_hand_has_its_cache_on_the_host_unless_it_brings_its_own(pair):
     reference, model, _ = pair("gemma2_that_slides")
     expected, _ = by_hand(reference, ROWS, 9)
     found, cache = by_hand(model, ROWS, 9)
@@ -170,7 +176,7 @@ def test_a_loop_by_hand_has_its_cache_on_the_host_unless_it_brings_its_own(pair,
     assert not layers_on_host(given)
 
 
-def test_a_pass_without_a_cache_makes_none(pair, nothing_left):
+def test_a_pass_without_a_cache_makes_none(pair):
     reference, model, _ = pair("llama")
     result = model(ROWS, use_cache=False)
     assert result.past_key_values is None
@@ -178,7 +184,7 @@ def test_a_pass_without_a_cache_makes_none(pair, nothing_left):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides"])
-def test_a_cache_can_be_cropped_selected_repeated_reset_and_copied(name, pair, nothing_left):
+def test_a_cache_can_be_cropped_selected_repeated_reset_and_copied(name, pair):
     reference, model, _ = pair(name)
 
     def story(one):
@@ -209,7 +215,7 @@ def test_a_cache_can_be_cropped_selected_repeated_reset_and_copied(name, pair, n
     assert_equal(expected, found)
 
 
-def test_a_prompt_that_was_cached_once_serves_several_questions(pair, nothing_left):
+def test_a_prompt_that_was_cached_once_serves_several_questions(pair):
     reference, model, _ = pair("llama")
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     _, prompt = by_hand(model, IDS, 1)
@@ -220,7 +226,7 @@ def test_a_prompt_that_was_cached_once_serves_several_questions(pair, nothing_le
     assert prompt.get_seq_length() == IDS.shape[1]
 
 
-def test_threads_with_a_cache_each_share_the_memory(pair, nothing_left):
+def test_threads_with_a_cache_each_share_the_memory(pair):
     reference, model, _ = pair("gemma2_that_slides", seed=4)
     prompts = [ROWS[:1, : 2 + number] for number in range(4)]
     expected = [by_hand(reference, ids, 20)[0] for ids in prompts]
@@ -302,9 +308,9 @@ def test_operators_and_copies_overlap_one_layer_ahead(tmp_path):
     model.zinfer.close()
 
 
-def test_a_cache_beyond_the_hosts_budget_is_refused_before_a_read_and_names_what_would_do(pair, nothing_left):
+def test_a_cache_beyond_the_hosts_budget_is_refused_before_a_read_and_names_what_would_do(pair):
     total = 500_000
-    reference, model, _ = pair("llama", device=40.0, host=total)
+    reference, model, _ = pair("llama", device=400.0, host=total)
     read = model.zinfer.bytes_read
     rows = IDS.repeat(2000, 1)
     with pytest.raises(zinfer.BudgetError, match=r"at most (\d+) of its 2000 sequences fit") as caught:
@@ -322,16 +328,16 @@ def test_a_cache_beyond_the_hosts_budget_is_refused_before_a_read_and_names_what
         model(IDS.repeat(fit + 1, 1))
 
 
-def test_the_budget_that_the_refusal_names_works(pair, nothing_left):
+def test_the_budget_that_the_refusal_names_works(pair):
     rows = IDS.repeat(600, 1)
-    _, model, _ = pair("llama", device=40.0, host=500_000)
+    _, model, _ = pair("llama", device=400.0, host=500_000)
     with pytest.raises(zinfer.BudgetError) as caught:
         model(rows)
-    reference, model, _ = pair("llama", device=40.0, host=caught.value.smallest)
+    reference, model, _ = pair("llama", device=400.0, host=caught.value.smallest)
     assert torch.equal(model(rows).logits, reference(rows).logits)
 
 
-def test_the_host_budget_counts_caches_beside_weights(pair, nothing_left):
+def test_the_host_budget_counts_caches_beside_weights(pair):
     _, model, _ = pair("llama", device=0.3, host=400_000)
     report = model.zinfer.report()
     weights = report.planned_resident_bytes + report.window_bytes + report.bounce_bytes
@@ -379,13 +385,15 @@ def test_the_option_is_refused_where_it_has_no_effect(saved):
             zinfer.run(folder, device=StagedProcessor(MEMORY), kv_offload=wrong)
 
 
-def test_a_thousand_tokens_with_late_copies_and_poisoned_memory(pair, nothing_left):
+def test_a_thousand_tokens_with_late_copies_and_poisoned_memory(pair):
     """Caches that come, grow, are reordered and go, at random, against the same in memory."""
     reference, model, _ = pair("gemma2_that_slides", seed=8)
     dice = random.Random(8)
     tokens = 0
     while tokens < 1000:
         count = dice.randint(1, 60)
-        ids = torch.randint(1, 255, (dice.randint(1, 4), dice.randint(1, 12)), generator=torch.Generator().manual_seed(tokens))
+        ids = torch.randint(
+            1, 255, (dice.randint(1, 4), dice.randint(1, 12)), generator=torch.Generator().manual_seed(tokens)
+        )
         assert_equal(by_hand(reference, ids, count)[0], by_hand(model, ids, count)[0])
         tokens += count

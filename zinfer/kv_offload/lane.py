@@ -18,6 +18,7 @@ from zinfer.weights.layout import round_up
 SLACK_SHARE = 16  # room for this part of a layer more, so that a new position seldom needs another arena
 SLACK_BYTES = 4096  # ... or for so many bytes, if that is more
 PATIENCE = 5.0  # seconds until memory that is not given back is left to whoever holds it
+INTO, BACK = "into", "back"  # the arenas: of the layer that comes, and of the positions that go
 
 
 def slack(nbytes: int) -> int:
@@ -26,7 +27,7 @@ def slack(nbytes: int) -> int:
 
 
 def working_bytes(largest: int) -> int:
-    """Bytes on the device for a cache whose largest layer has `largest`: what comes, and what operators compute with."""
+    """Bytes on the device for a cache whose largest layer has `largest`: what comes, and what is computed with."""
     return 2 * largest + 2 * slack(largest) if largest else 0
 
 
@@ -49,11 +50,11 @@ class Arrival:
 class Lane:
     """Brings layers to `processor`, each while the operators of the one added before it run, and back.
 
-        update of layer n: stored positions, in the arena, and new ones are joined, in memory of torch's
-            -> the arena is free: layer n + 1 comes there; the new positions go to host memory through `_out`
+        update of layer n: stored positions, in an arena, and new ones are joined, in memory of torch's
+            -> that arena is free: layer n + 1 comes there; the new positions go to host memory through another
 
     So the device has one layer that operators compute with, and one that comes, or goes. After the last layer comes
-    the first, for the next token, where the pass was a short one: after a long one, `_out` has as much as a layer.
+    the first, for the next token, where the pass was a short one: after a long one, what goes back is as much as a layer.
     One thread at a time, as for transformers' caches.
     """
 
@@ -62,8 +63,7 @@ class Lane:
         self._processor = processor
         self._space = space
         self._recorder = recorder
-        self._arena: Arena | None = None
-        self._out: Arena | None = None
+        self._arenas: dict[str, Arena] = {}
         self._ahead: Arrival | None = None
 
     def add(self) -> Positions:
@@ -76,13 +76,13 @@ class Lane:
 
         `new` positions will go back. The next layer can come only once both tensors are dropped.
         """
-        self._out = self._fitting(self._out, self._widest * new)
+        self._room(BACK, self._widest * new)
         arrival, self._ahead = self._ahead, None
         if arrival is None or arrival.positions is not positions or not arrival.current:
             arrival = None  # its memory is free from here on
             arrival = self._start(positions, PATIENCE)
             if arrival is None:  # somebody keeps what is in the arena: an error's traceback, perhaps
-                self._arena = None
+                del self._arenas[INTO]
                 arrival = self._start(positions, PATIENCE)
         assert arrival is not None
         self._processor.follow(arrival.event)
@@ -94,15 +94,14 @@ class Lane:
         )
 
     def send(self, positions: Positions, keys: torch.Tensor, values: torch.Tensor, new: int) -> None:
-        """Append these states, of the last of `new` positions; the copy runs on when this returns. Raises BudgetError."""
+        """Append these states, of the last of `new` positions; their copy runs on. Raises BudgetError."""
         processor, count = self._processor, keys.shape[-2]
         start = _values_at(positions, count)
         nbytes = start + count * positions.values.nbytes
-        self._out = self._fitting(self._out, max(nbytes, self._widest * new))
-        lease = self._out.acquire(nbytes, PATIENCE)
+        lease = self._room(BACK, max(nbytes, self._widest * new)).acquire(nbytes, PATIENCE)
         if lease is None:
-            self._out = Arena(processor, nbytes)
-            lease = self._out.acquire(nbytes)
+            del self._arenas[BACK]
+            lease = self._room(BACK, nbytes).acquire(nbytes)
             assert lease is not None
         for event in lease.after:
             processor.follow(event)
@@ -145,8 +144,7 @@ class Lane:
     def _start(self, positions: Positions, timeout: float) -> Arrival | None:
         length, start = positions.length, _values_at(positions, positions.length)
         nbytes = start + length * positions.values.nbytes
-        self._arena = self._fitting(self._arena, max(_bytes(one) for one in self._order))
-        lease = self._arena.acquire(nbytes, timeout)
+        lease = self._room(INTO, max(_bytes(one) for one in self._order)).acquire(nbytes, timeout)
         if lease is None:
             return None
         moves, regions, at = [], [], 0
@@ -163,13 +161,16 @@ class Lane:
             self._recorder.copying(f"cache of layer {self._order.index(positions)}", event)
         return Arrival(positions, positions.age, length, lease, event)
 
-    def _fitting(self, arena: Arena | None, nbytes: int) -> Arena:
-        """`arena` where it is neither too small nor far too large for `nbytes`, else another in its place."""
+    def _room(self, which: str, nbytes: int) -> Arena:
+        """The arena called `which`; another one in its place where it is too small for `nbytes`, or far too large."""
+        arena = self._arenas.get(which)
         if arena is not None and nbytes <= arena.capacity <= 2 * (nbytes + slack(nbytes)):
             return arena
         if arena is not None:
-            arena.close()
-        return Arena(self._processor, nbytes + slack(nbytes))
+            self._arenas.pop(which).close()
+            del arena  # its memory is free before more is taken
+        self._arenas[which] = Arena(self._processor, nbytes + slack(nbytes))
+        return self._arenas[which]
 
 
 def _values_at(positions: Positions, count: int) -> int:

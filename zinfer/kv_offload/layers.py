@@ -38,7 +38,9 @@ class OnHost(DynamicLayer):
         elif self.is_initialized:
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         try:
-            full: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            full: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
             kept = self.keys.shape[-2]
             self._forget()  # so that the next layer can come where this one's states were
             fresh = min(new, kept)
@@ -59,7 +61,9 @@ class OnHost(DynamicLayer):
         """As its class's."""
         super().crop(tokens_to_remove)
         if self.is_initialized:
-            self.positions.keep(self.keys.storage_offset() // max(self.keys.stride(-2), 1), self.keys.shape[-2])
+            self.positions.keep(
+                self.keys.storage_offset() // max(self.keys.stride(-2), 1), self.keys.shape[-2]
+            )
             self._stand_in()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -110,7 +110,7 @@ class Positions:
                 yield self._span(block, block.first, block.end)
 
     def extend(self, count: int) -> list[Span]:
-        """Room for `count` positions more, which count as there from now on. Raises BudgetError, and nothing changed."""
+        """Room for `count` positions more, which are there from now on. Raises BudgetError, and nothing changed."""
         made, before = [], self.length
         try:
             while count:

@@ -18,7 +18,9 @@ def check_kv_offload(kv_offload: Any, *, attached: bool) -> None:
     if kv_offload is None:
         return
     if kv_offload != "cpu":
-        raise OptionError(f"kv_offload={brief(kv_offload)}: give 'cpu' for caches in host memory, or leave it out")
+        raise OptionError(
+            f"kv_offload={brief(kv_offload)}: give 'cpu' for caches in host memory, or leave it out"
+        )
     if not attached:
         raise OptionError(
             "kv_offload='cpu' has no effect where the CPU computes: key-value caches are in its memory already"
@@ -32,10 +34,14 @@ def check_model(model: nn.Module) -> None:
         _refuse(model, "it generates no text, and so makes no key-value cache")
     if getattr(config, "is_encoder_decoder", False):
         _refuse(
-            model, "cross-attention takes an encoder's keys and values out of the cache without asking it to bring them"
+            model,
+            "cross-attention takes an encoder's keys and values out of the cache without asking it to bring them",
         )
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        _refuse(model, "it takes no past_key_values: its cache is a recurrent state, which does not grow, or its own")
+        _refuse(
+            model,
+            "it takes no past_key_values: its cache is a recurrent state, which does not grow, or its own",
+        )
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     strange = sorted(kind.__name__ for kind in kinds if kind not in MOVED and kind not in STAYING)
     if strange:

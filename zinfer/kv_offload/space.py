@@ -93,7 +93,9 @@ class Space:
     def _grow(self, nbytes: int) -> Pool | None:
         have = sum(pool.capacity for pool in self._pools)
         if have + nbytes > self.limit:
-            for pool in [pool for pool in self._pools if not pool.in_use]:  # too small, or they would have served
+            for pool in [
+                pool for pool in self._pools if not pool.in_use
+            ]:  # too small, or they would have served
                 self._pools.remove(pool)
                 pool.close()
             have = sum(pool.capacity for pool in self._pools)
