@@ -66,7 +66,7 @@ class CachesOnHost:
 
         Raises BudgetError, before anything is read, where its cache does not fit the host's memory.
         """
-        cache = kwargs.get(CACHE)
+        cache: Any = kwargs.get(CACHE)
         if cache is None and len(args) <= self._position and self._makes_cache(kwargs):
             cache = DynamicCache(config=self._config)
             self._move(cache)

@@ -73,10 +73,7 @@ def cache_bytes(cache: Any) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(cache)
     }
-    on_host = max(
-        (layer.keys.nbytes + layer.values.nbytes for layer in layers_on_host(cache) if _made(layer)),
-        default=0,
-    )
+    on_host = max((layer.nbytes for layer in layers_on_host(cache)), default=0)
     return sum(storages.values()) + working_bytes(on_host)
 
 

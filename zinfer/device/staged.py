@@ -151,7 +151,7 @@ class StagedProcessor:
             return []
         event = StagedEvent()
         tensor = self.over(block, start, nbytes)[0]
-        self._worker("fence").put(partial(self._retire, tensor, self._sum(tensor), event))
+        self._worker("fence").put(partial(self._retire, [tensor], self._sum(tensor), event))
         return [event]
 
     def close(self) -> None:
@@ -184,13 +184,16 @@ class StagedProcessor:
         _move(moves)
         event.reach(started)
 
-    def _retire(self, tensor: torch.Tensor, before: int | None, event: StagedEvent) -> None:
+    def _retire(self, held: list[torch.Tensor], before: int | None, event: StagedEvent) -> None:
         self._sleep("fence")
+        self._poison(held.pop(), before)
+        event.reach()
+
+    def _poison(self, tensor: torch.Tensor, before: int | None) -> None:
         if before is not None:
             if self._sum(tensor) != before:
                 self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
             tensor.fill_(POISON)
-        event.reach()
 
     def _sum(self, tensor: torch.Tensor) -> int | None:
         return zlib.crc32(memoryview(tensor.numpy())) if self._check else None

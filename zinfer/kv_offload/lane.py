@@ -54,7 +54,7 @@ class Lane:
             -> that arena is free: layer n + 1 comes there; the new positions go to host memory through another
 
     So the device has one layer that operators compute with, and one that comes, or goes. After the last layer comes
-    the first, for the next token, where the pass was a short one: after a long one, what goes back is as much as a layer.
+    the first, for the next token, where the pass was a short one: after a long one, what goes back takes its room.
     One thread at a time, as for transformers' caches.
     """
 
@@ -167,8 +167,11 @@ class Lane:
         if arena is not None and nbytes <= arena.capacity <= 2 * (nbytes + slack(nbytes)):
             return arena
         if arena is not None:
-            self._arenas.pop(which).close()
-            del arena  # its memory is free before more is taken
+            whole = self._arenas.pop(which).acquire(arena.capacity, PATIENCE)
+            for event in [] if whole is None else whole.after:
+                event.wait()  # so that its memory is free before more is taken
+            arena.close()
+            del arena, whole
         self._arenas[which] = Arena(self._processor, nbytes + slack(nbytes))
         return self._arenas[which]
 

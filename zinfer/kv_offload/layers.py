@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers.cache_utils import (
@@ -28,6 +28,11 @@ class OnHost(DynamicLayer):
     positions: Positions
     lane: Lane
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its states in host memory."""
+        return self.positions.length * self.positions.width
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +46,7 @@ class OnHost(DynamicLayer):
             full: tuple[torch.Tensor, torch.Tensor] = super().update(
                 key_states, value_states, *args, **kwargs
             )
+            assert self.keys is not None
             kept = self.keys.shape[-2]
             self._forget()  # so that the next layer can come where this one's states were
             fresh = min(new, kept)
@@ -60,7 +66,7 @@ class OnHost(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """As its class's."""
         super().crop(tokens_to_remove)
-        if self.is_initialized:
+        if self.keys is not None and self.is_initialized:
             self.positions.keep(
                 self.keys.storage_offset() // max(self.keys.stride(-2), 1), self.keys.shape[-2]
             )
@@ -123,13 +129,12 @@ def layers_on_host(cache: Any) -> list[OnHost]:
     return [layer for layer in getattr(cache, "layers", None) or () if isinstance(layer, OnHost)]
 
 
-def is_empty(cache: Any) -> bool:
+def is_empty(cache: Any) -> TypeGuard[DynamicCache]:
     """Whether `cache` is a DynamicCache that could go to host memory: plain, and nothing in it yet."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not cache.layers:
         return False
-    return not any(
-        isinstance(layer, OnHost) or (type(layer) in MOVED and layer.is_initialized) for layer in cache.layers
-    )
+    moving = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return not any(isinstance(layer, OnHost) or layer.is_initialized for layer in moving)
 
 
 def move_to_host(cache: Cache, lane: Lane) -> None:
@@ -137,5 +142,5 @@ def move_to_host(cache: Cache, lane: Lane) -> None:
     for layer in cache.layers:
         moved = MOVED.get(type(layer))
         if moved is not None:
-            layer.__class__ = moved  # type: ignore[assignment]
+            layer.__class__ = moved
             layer.lane, layer.positions = lane, lane.add()  # type: ignore[union-attr]
