@@ -88,7 +88,8 @@ class CachesOnHost:
         )
 
     def _move(self, cache: Cache) -> None:
-        move_to_host(cache, Lane(self._processor, self._space, self._recorder))
+        layers = self._config.get_text_config(decoder=True).num_hidden_layers
+        move_to_host(cache, Lane(self._processor, self._space, self._recorder), layers)
 
     def _refuse_excess(self, cache: Cache, coming: Pass | None) -> None:
         if coming is None:

@@ -185,6 +185,8 @@ def test_a_pass_without_a_cache_makes_none(pair):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides"])
 def test_a_cache_can_be_cropped_selected_repeated_reset_and_copied(name, pair):
+    if not hasattr(transformers.DynamicCache, "activate_past_recording"):
+        pytest.skip("this transformers cannot take positions of a window back")
     reference, model, _ = pair(name)
 
     def story(one):

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zinfer.kv_offload.lane import Lane
 from zinfer.kv_offload.positions import Kind, Positions
@@ -121,7 +115,11 @@ class OnHostSlidingLayer(OnHost, DynamicSlidingWindowLayer):
 
 # What each kind of layer becomes. Those in STAYING have little, or nothing: recurrent states do not grow.
 MOVED: dict[type, type[OnHost]] = {DynamicLayer: OnHostLayer, DynamicSlidingWindowLayer: OnHostSlidingLayer}
-STAYING = (DummyLayer, LinearAttentionLayer)
+STAYING = tuple(  # not every version of transformers has both
+    getattr(cache_utils, name)
+    for name in ("DummyLayer", "LinearAttentionLayer")
+    if hasattr(cache_utils, name)
+)
 
 
 def layers_on_host(cache: Any) -> list[OnHost]:
@@ -131,14 +129,21 @@ def layers_on_host(cache: Any) -> list[OnHost]:
 
 def is_empty(cache: Any) -> TypeGuard[DynamicCache]:
     """Whether `cache` is a DynamicCache that could go to host memory: plain, and nothing in it yet."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not cache.layers:
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
         return False
     moving = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return not any(isinstance(layer, OnHost) or layer.is_initialized for layer in moving)
 
 
-def move_to_host(cache: Cache, lane: Lane) -> None:
-    """Have the layers of `cache`, an empty one, keep what they are given in host memory, and come through `lane`."""
+def move_to_host(cache: Cache, lane: Lane, layers: int) -> None:
+    """Have the layers of `cache`, an empty one, keep what they are given in host memory, and come through `lane`.
+
+    `layers`: how many there are to be, where the cache would add them as they are used.
+    """
+    if not cache.layers:
+        cache.layers.extend(DynamicLayer() for _ in range(layers))
     for layer in cache.layers:
         moved = MOVED.get(type(layer))
         if moved is not None:
