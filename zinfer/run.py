@@ -14,15 +14,17 @@ from torch import nn
 
 from zinfer import store
 from zinfer.attach import attach
+from zinfer.caches_on_host import CachesOnHost
 from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
+from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.options import REFUSED, checked_dtype
 from zinfer.planner.memory import ceilings
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
-from zinfer.streaming import Target, check_offload, stream
+from zinfer.streaming import Streaming, Target, check_offload, stream
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
@@ -50,6 +52,7 @@ def run(
     max_memory: Mapping[Any, int | str] | None = None,
     progress: bool | None = None,
     timeline: bool = False,
+    kv_offload: str | None = None,
     **options: Any,
 ) -> Any:
     """A ready model whose weights stream from where they lie, within a memory budget.
@@ -73,6 +76,10 @@ def run(
         progress: show bars for copies and loads; None: when stderr is a terminal.
         timeline: record every read, wait and operator (a few microseconds each, at most about 20 MB), for
             model.zinfer.timeline("out.json").
+        kv_offload: "cpu" keeps key-value caches in host memory, page-locked, and brings them to the device one layer
+            ahead of its operators: the device holds two layers of a cache, the host, of whose budget a quarter is
+            kept for it, the rest. For decoder-only models with full or sliding attention, hybrids included. Caches
+            that the caller makes stay on the device.
         options: further from_pretrained keywords (revision, token, trust_remote_code, subfolder,
             variant, attn_implementation ...), and config attributes to override.
 
@@ -96,7 +103,8 @@ def run(
     recorder = Recorder() if timeline else None
     processor = processor_for(device, timed=timeline)
     number = None if processor is None else processor.torch_device.index or 0
-    target = Target(processor, *ceilings(max_memory, number))
+    check_kv_offload(kv_offload, attached=processor is not None)
+    target = Target(processor, *ceilings(max_memory, number), kv_offload is not None)
     with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it
         if isinstance(model, nn.Module):
             return _run_module(model, offload, path, dtype, target, show, options, recorder)
@@ -128,14 +136,18 @@ def _run_checkpoint(
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
+    if target.kv_offload:
+        check_model(model)
     streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
+    caches = _caches(model, streaming, target, recorder)
     predict = None
     if as_saved and target.processor is None:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
         budget = streaming.account.ceiling
         predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
     return attach(
-        model, Runtime(model, streaming, where, offload, written, recorder=recorder, predict=predict)
+        model,
+        Runtime(model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict),
     )
 
 
@@ -163,6 +175,8 @@ def _run_module(
         raise OptionError(
             "a scripted module keeps its weights out of Python's reach; pass the module it came from"
         )
+    if target.kv_offload:
+        check_model(module)
     before = _written_bytes()
     entry, stored = store.save_module(module, nvme_path, progress=show)
     written = _written_bytes() - before
@@ -183,7 +197,11 @@ def _run_module(
             module, offload=offload, target=target, progress=show, allocated=True, recorder=recorder
         )
         try:
-            attach(module, Runtime(module, streaming, entry, offload, written, recorder=recorder))
+            caches = _caches(module, streaming, target, recorder)
+            attach(
+                module,
+                Runtime(module, streaming, entry, offload, written, recorder=recorder, caches=caches),
+            )
         except BaseException:
             streaming.coordinator.close()
             raise
@@ -192,6 +210,15 @@ def _run_module(
             parameters[attribute] = tensor
         raise
     return module.eval()
+
+
+def _caches(
+    model: Any, streaming: Streaming, target: Target, recorder: Recorder | None
+) -> CachesOnHost | None:
+    if not target.kv_offload:
+        return None
+    assert target.processor is not None and streaming.host is not None
+    return CachesOnHost(model, target.processor, streaming.host, model.dtype.itemsize, recorder)
 
 
 def _stand_in(tensor: torch.Tensor, entry: TensorEntry) -> SymbolicTensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from zinfer.caches_on_host import CachesOnHost
 from zinfer.errors import OptionError
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
@@ -25,8 +26,9 @@ class Runtime:
 
     A sweep is counted at each call of the model itself; the time between two calls of a thread belongs to the
     first of them, so sampling and text output count as part of a token's time (see zinfer.timeline.sweeps).
-    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predict`: seconds that a sweep
-    of so many sequences, so many positions long, should take, or None; the report shows it beside the measured.
+    `recorder`: what the reads and operators are told to, if timeline() was asked for. `caches`: who puts
+    key-value caches into host memory, if they are to be there. `predict`: seconds that a sweep of so many sequences,
+    so many positions long, should take, or None; the report shows it beside the measured.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Runtime:
         bytes_written: int,
         *,
         recorder: Recorder | None = None,
+        caches: CachesOnHost | None = None,
         predict: Callable[[int, int], float | None] | None = None,
     ) -> None:
         self._name = type(model).__name__
@@ -48,6 +51,7 @@ class Runtime:
         self.offload = offload
         self._bytes_written = bytes_written
         self._recorder = recorder
+        self.caches = caches
         self._predict = predict
         self._predicted: float | None = None
         self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
@@ -80,7 +84,7 @@ class Runtime:
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
-            cache_bytes=self._cache_bytes if self._streaming.host is None else 0,
+            cache_bytes=self._host_cache_bytes,
             pool_bytes=sum(pool.capacity for pool in pools),
             huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
@@ -129,6 +133,12 @@ class Runtime:
     @property
     def _cache_bytes(self) -> int:
         return 0 if self._residency is None else self._residency.cache_bytes
+
+    @property
+    def _host_cache_bytes(self) -> int:
+        if self._streaming.host is None:
+            return self._cache_bytes
+        return 0 if self.caches is None else self.caches.nbytes
 
     @property
     def _host_bytes(self) -> int:
@@ -193,6 +203,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
+        if self.caches is not None:
+            self.caches.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:
@@ -214,9 +226,16 @@ class Runtime:
         state = "closed" if self.closed else f"{self._log.begun} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
+    def begin_sweep(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A hook for before the model's forward, which gets what this returns.
+
+        Raises ClosedError after close(), and what Residency.before and CachesOnHost.before raise.
+        """
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        if self.caches is not None:
+            kwargs = self.caches.before(args, kwargs)
         if self._residency is not None:
             self._residency.before(args, kwargs)
         if (coming := Pass.of(kwargs, args)) is not None:
@@ -224,6 +243,7 @@ class Runtime:
         if self._recorder is not None:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
+        return args, kwargs
 
     def end_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A hook for after the model's forward."""

@@ -35,6 +35,7 @@ logger = logging.getLogger("zinfer")
 
 SMALL_BYTES = 1 << 20  # a tensor below this is read once and kept: streaming it costs more than it saves
 SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget / SMALL_SHARE
+CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
 # Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
 # plain parameters: their own weights are kept in memory.
 ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -181,11 +182,15 @@ def gather(model: nn.Module) -> list[Held]:
 
 @dataclass(frozen=True)
 class Target:
-    """Who computes, None for the CPU, and the ceilings that the user set on host and device, in bytes."""
+    """Who computes, None for the CPU, and the ceilings that the user set on host and device, in bytes.
+
+    `kv_offload`: key-value caches are to be in the host's memory.
+    """
 
     processor: Processor | None = None
     host: int | None = None
     device: int | None = None
+    kv_offload: bool = False
 
 
 @dataclass
@@ -222,7 +227,7 @@ def stream(
     if processor is None:
         opened = _open_cpu(parts, held, offload, paths, free, recorder)
     else:
-        opened = _open_attached(parts, offload, paths, free, recorder, processor, target.device)
+        opened = _open_attached(parts, offload, paths, free, recorder, processor, target)
     device, weights = opened.device, parts.weights
     try:
         if processor is not None:
@@ -283,11 +288,11 @@ def _open_attached(
     free: int,
     recorder: Recorder | None,
     processor: Processor,
-    ceiling: int | None,
+    target: Target,
 ) -> Opened:
-    budget = _device_budget(processor, ceiling)
+    budget = _device_budget(processor, target.device)
     small = sum(round_up(item.nbytes, ALIGNMENT) for item in parts.small)
-    tiers = _tiers(parts, offload, budget, small, processor)
+    tiers = _tiers(parts, offload, budget, small, processor, target.kv_offload)
     for index in tiers.device:
         parts.weights[index].wants_residence = True
     processor.limit(budget)
@@ -337,7 +342,9 @@ def _device_budget(processor: Processor, ceiling: int | None) -> int:
     return (less_headroom(free) if ceiling is None else min(ceiling, free)) - processor.overhead
 
 
-def _tiers(parts: Parts, offload: str, budget: int, small: int, processor: Processor) -> Tiers:
+def _tiers(
+    parts: Parts, offload: str, budget: int, small: int, processor: Processor, kv_offload: bool
+) -> Tiers:
     """Where the weights go. Raises BudgetError with the budget that would do, of the tier that is too small."""
     key = f"max_memory[{processor.torch_device.index or 0}]"
     footprints = parts.footprints
@@ -354,10 +361,16 @@ def _tiers(parts: Parts, offload: str, budget: int, small: int, processor: Proce
             f"{needed + processor.overhead} bytes",
             needed + processor.overhead,
         )
+    drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
     try:
-        return place_on_tiers(
-            footprints, budget - small, parts.budget - parts.bounce, drive=offload in ("auto", "nvme")
-        )
+        if kv_offload:
+            try:
+                return place_on_tiers(
+                    footprints, budget - small, host - parts.budget // CACHE_SHARE, drive=drive
+                )
+            except BudgetError as error:
+                host = min(host, error.smallest or host)  # caches get what is left
+        return place_on_tiers(footprints, budget - small, host, drive=drive)
     except BudgetError as error:
         needed = (error.smallest or 0) + parts.bounce
         raise BudgetError(

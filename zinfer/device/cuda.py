@@ -73,6 +73,7 @@ class CudaProcessor:
         }
         # Of its own: a copy behind it in line would wait for operators that have nothing to do with it.
         self._poisoning = torch.cuda.Stream(self.torch_device) if poison else None
+        self._caches = {back: torch.cuda.Stream(self.torch_device) for back in (False, True)}
         self._origin: tuple[torch.cuda.Event, float] | None = None
         if timed:
             origin = torch.cuda.Event(enable_timing=True)
@@ -113,7 +114,7 @@ class CudaProcessor:
                 f"max_memory[{self.torch_device.index}]"
             ) from error
         # torch's allocator waits for them before it gives the memory away
-        for stream in (*self._streams.values(), self._poisoning):
+        for stream in (*self._streams.values(), *self._caches.values(), self._poisoning):
             if stream is not None:
                 block.record_stream(stream)
         assert block.data_ptr() % ALIGNMENT == 0
@@ -133,7 +134,20 @@ class CudaProcessor:
         self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, urgent: bool
     ) -> Event:
         """See Processor."""
-        stream = self._streams[urgent]
+        return self._start(moves, after, self._streams[urgent])
+
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, self._caches[back])
+
+    def _start(
+        self,
+        moves: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[Event],
+        stream: torch.cuda.Stream,
+    ) -> Event:
         end = CudaEvent(self._origin, sum(source.nbytes for _, source in moves))
         with torch.cuda.stream(stream):
             for earlier in after:

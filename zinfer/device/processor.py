@@ -76,6 +76,15 @@ class Processor(Protocol):
         Returns at once where the memory is page-locked. Urgent copies overtake the others.
         """
 
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """As copy, for keys and values: `back` from the device to host memory, else from there.
+
+        Those of one direction run in the order in which they are given, and hold up nothing else: what they wait for
+        are operators, which may be far behind the copies of weights.
+        """
+
     def follow(self, event: Event) -> None:
         """What the calling thread's stream is given from now on waits for `event`."""
 

@@ -24,9 +24,10 @@ from zinfer.device.processor import ALIGNMENT, POISON, Event
 from zinfer.errors import BudgetError
 
 URGENT, ORDINARY = "urgent", "ordinary"
+INTO, BACK = "into", "back"
 Delay = Callable[
     [str], float
-]  # seconds to wait before an "urgent" or "ordinary" copy runs, or a "fence" is reached
+]  # seconds to wait before an "urgent", "ordinary", "into" or "back" copy runs, or a "fence" is reached
 
 
 def no_delay(kind: str) -> float:
@@ -118,7 +119,17 @@ class StagedProcessor:
         self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, urgent: bool
     ) -> Event:
         """See Processor."""
-        kind = URGENT if urgent else ORDINARY
+        return self._start(moves, after, URGENT if urgent else ORDINARY)
+
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, BACK if back else INTO)
+
+    def _start(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], kind: str
+    ) -> Event:
         event = StagedEvent(sum(source.nbytes for _, source in moves))
         self._worker(kind).put(partial(self._copy, list(moves), tuple(after), kind, event))
         return event
@@ -139,7 +150,7 @@ class StagedProcessor:
             return []
         event = StagedEvent()
         tensor = self.over(block, start, nbytes)[0]
-        self._worker("fence").put(partial(self._retire, tensor, self._sum(tensor), event))
+        self._worker("fence").put(partial(self._retire, [tensor], self._sum(tensor), event))
         return [event]
 
     def close(self) -> None:
@@ -169,18 +180,19 @@ class StagedProcessor:
             earlier.wait()
         self._sleep(kind)
         started = time.perf_counter()
-        for target, source in moves:
-            target.copy_(source)
-        moves.clear()
+        _move(moves)
         event.reach(started)
 
-    def _retire(self, tensor: torch.Tensor, before: int | None, event: StagedEvent) -> None:
+    def _retire(self, held: list[torch.Tensor], before: int | None, event: StagedEvent) -> None:
         self._sleep("fence")
+        self._poison(held.pop(), before)
+        event.reach()
+
+    def _poison(self, tensor: torch.Tensor, before: int | None) -> None:
         if before is not None:
             if self._sum(tensor) != before:
                 self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
             tensor.fill_(POISON)
-        event.reach()
 
     def _sum(self, tensor: torch.Tensor) -> int | None:
         return zlib.crc32(memoryview(tensor.numpy())) if self._check else None
@@ -201,6 +213,13 @@ class Block(mmap.mmap):
     def __new__(cls, nbytes: int) -> Block:
         """At least `nbytes` bytes, zero."""
         return super().__new__(cls, -1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Carry them out; no tensor of them is held any more when it returns."""
+    for target, source in moves:
+        target.copy_(source)
+    moves.clear()
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
