@@ -195,7 +195,7 @@ class StagedProcessor:
             tensor.fill_(POISON)
 
     def _sum(self, tensor: torch.Tensor) -> int | None:
-        return zlib.crc32(memoryview(tensor.numpy())) if self._check else None
+        return zlib.crc32(tensor.numpy().tobytes()) if self._check else None
 
     def _sleep(self, kind: str) -> None:
         seconds = self._delay(kind)
