@@ -51,7 +51,7 @@ def wide(saved):
     folder = saved("llama")
     reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
     sizes = sorted(p.nbytes for p in reference.parameters())
-    with run(folder, offload="nvme", max_memory={"cpu": smallest(folder) + 3 * sizes[-1]}) as model:
+    with run(folder, offload="nvme", max_memory={"cpu": smallest(folder) + 6 * sizes[-1]}) as model:
         yield model, reference
 
 

@@ -170,8 +170,10 @@ def _drive_bytes(weights: Sequence[Footprint], order: Sequence[int], placement: 
     """What sweeps cost, as bytes that the drive could have moved: the mean over COMPUTE_SHARES, and CONTENTION."""
     sizes = [weights[i].window for i in order]
     streamed = [i not in placement.residents for i in order]
+    # Of a small model, both in proportion: else they would be all that counts.
+    pause, restart = min(PAUSE_BYTES, sum(sizes) // 64), min(RESTART_BYTES, max(sizes, default=0) // 8)
     costs = [
-        steady_sweep(sizes, streamed, placement.window_bytes, share, PAUSE_BYTES, RESTART_BYTES)
+        steady_sweep(sizes, streamed, placement.window_bytes, share, pause, restart)
         for share in COMPUTE_SHARES
     ]
     moved = sum(size for size, moves in zip(sizes, streamed, strict=True) if moves)
