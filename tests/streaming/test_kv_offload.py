@@ -13,11 +13,13 @@ import transformers
 
 import zinfer
 from tests import architectures
-from tests.streaming.test_attached import CACHES, MEMORY, PLENTY, finish, run_within, staged
+from tests.streaming.test_attached import MEMORY, finish, run_within, staged
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_cache import cache_bytes
 from zinfer.kv_offload.layers import layers_on_host
 
+PLENTY = 1 << 30
+CACHES = 200_000  # bytes: what the longest of these tests caches, and its activations
 IDS = torch.tensor([[5, 17, 33, 101, 200, 9, 77]])
 ROWS = torch.randint(1, 255, (3, 7), generator=torch.Generator().manual_seed(3))
 WINDOW = 6  # positions: shorter than the prompt, so that windows slide at once
