@@ -118,6 +118,9 @@ class FakeDevice:
     def in_use(self) -> int:
         return self.window.in_use if self.window is not None else 0
 
+    def bring(self, weight: Any) -> bool:
+        return False
+
     def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
         return True
 

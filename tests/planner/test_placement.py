@@ -9,9 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zinfer.errors import BudgetError
+from zinfer.planner.pipeline import steady_sweep
 from zinfer.planner.placement import (
+    COMPUTE_SHARES,
     GAP_BYTES,
-    MIN_WINDOW,
+    PAUSE_BYTES,
     ROWS_WINDOW,
     Footprint,
     Placement,
@@ -137,11 +139,20 @@ def test_equal_weights_stay_in_proportion_to_the_budget():
     assert all(budget - 8 <= count <= budget for budget, count in zip(range(20, 96, 5), kept, strict=False))
 
 
-def test_a_roomy_budget_gives_a_window_that_keeps_the_drive_busy():
+@pytest.mark.parametrize(("budget", "idle"), [(4000, 0.02), (500, 0.02), (100, 0.02), (30, 0.1)])
+def test_the_window_keeps_the_drive_busy(budget, idle):
     weights = [Footprint(4 * MIB, 4 * MIB)] * 2000
-    assert place(weights, 4000 * MIB).window_bytes == GAP_BYTES + 4 * MIB
-    assert place(weights, 500 * MIB).window_bytes == GAP_BYTES + 4 * MIB
-    assert place(weights, 100 * MIB).window_bytes == MIN_WINDOW
+    plan = place(weights, budget * MIB)
+    streamed = [i not in plan.residents for i in range(2000)]
+    sweep = steady_sweep([4 * MIB] * 2000, streamed, plan.window_bytes, min(COMPUTE_SHARES), PAUSE_BYTES)
+    assert sweep <= (1 + idle) * sum(streamed) * 4 * MIB
+
+
+def test_weights_that_follow_each_other_closely_get_a_window_for_all_of_them():
+    layer = [Footprint(32 * MIB, 32 * MIB)] * 4 + [Footprint(86 * MIB, 86 * MIB)] * 3
+    plan = place(layer * 15, 4900 * MIB)  # the larger ones stay: the rest is read while those compute
+    assert {i % 7 for i in range(105)} - {i % 7 for i in plan.residents} <= {0, 1, 2, 3}
+    assert plan.window_bytes >= 4 * 32 * MIB
 
 
 def test_where_memory_is_short_the_window_grows_to_the_head_rather_than_lose_all_overlap():

@@ -132,9 +132,10 @@ class Coordinator:
         return out
 
     def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
-        """Make `weights`, all meant to be resident, resident now; `progress` is told bytes as they come."""
+        """Bring `weights`, all meant to stay, to where they stay; `progress` is told bytes as they come."""
         for weight in weights:
-            Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
+            if not self.device.bring(weight):
+                Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
             progress(weight.nbytes)
 
     def change_residents(

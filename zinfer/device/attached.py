@@ -159,6 +159,19 @@ class AttachedDevice(Host):
         weight.fetch = weakref.ref(fetch)
         return fetch
 
+    def bring(self, weight: Weight) -> bool:
+        """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
+        if not self.in_place(weight) or weight.wants_residence:
+            return False
+        if weight not in self._kept:
+            assert self.residents is not None
+            memory, address = self.residents.take(weight)
+            request = self.read(weight.layout, memory, address, urgent=True)
+            self.note(request, weight.name, "demand")
+            request.wait()
+            self._kept[weight] = memory
+        return True
+
     def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
         """Find room on the device for `fetch`, from where on it goes there by itself; whether there was any.
 
@@ -169,11 +182,11 @@ class AttachedDevice(Host):
                 return True
             weight = fetch.weight
             nbytes = self._layout(weight).nbytes
-            if fetch.settles:
-                own = Arena(self.processor, nbytes)
-                lease = own.acquire(nbytes)
-                own.close()
-            else:
+            lease = self._own_memory(nbytes) if fetch.settles else None
+            if fetch.settles and lease is None:
+                logger.warning("%s is short of memory: %r streams from now on", self.processor.name, weight.name)
+                weight.wants_residence = fetch.settles = False
+            if lease is None:
                 arena = self._arena
                 if arena is None or nbytes > arena.capacity:
                     raise BudgetError(
@@ -188,6 +201,16 @@ class AttachedDevice(Host):
         if self._copies is not None:
             self._copies.add(fetch)
         return True
+
+    def _own_memory(self, nbytes: int) -> Lease | None:
+        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+        try:
+            own = Arena(self.processor, nbytes)
+        except BudgetError:
+            return None
+        lease = own.acquire(nbytes)
+        own.close()
+        return lease
 
     def shortage(self, weight: Weight) -> BudgetError:
         """What to raise where `weight` waited for room in vain."""

@@ -92,4 +92,12 @@ class Copies:
             sources.clear()
             del entry
             if not self._closing.is_set():
-                self._on_room()
+                self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._on_room()
+        except ZinferError:
+            pass  # a read ahead that cannot be made: whoever asks for the weight will be told
+        except Exception:
+            logger.exception("reading ahead failed")

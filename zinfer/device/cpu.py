@@ -89,6 +89,10 @@ class CpuDevice(Host):
             f"caller); raise max_memory['cpu'] by {weight.layout.nbytes} bytes"
         )
 
+    def bring(self, weight: Weight) -> bool:
+        """False: what stays in host memory is resident."""
+        return False
+
     def lift(self, fetch: Fetch, timeout: float = 0.0) -> bool:
         """True: where a weight was read to, it is computed with."""
         return True

@@ -71,6 +71,9 @@ class Device(Protocol):
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Any:
         """Begin to fetch `weight`, or None when there is no room for it within `timeout` seconds."""
 
+    def bring(self, weight: Weight) -> bool:
+        """Read `weight` to where it stays in host memory, if it is to be copied from there; whether it is."""
+
     def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
         """Find room for `fetch` where operators compute; whether there was any within `timeout` seconds."""
 

@@ -63,8 +63,8 @@ class LiftedFetch:
     @property
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
-        request = self._request
-        return request is None or request.done
+        event = self._event
+        return event is not None and event.done
 
     def landed(self, timeout: float | None) -> bool:
         """Whether its bytes are in host memory, within `timeout` seconds. Raises DriveError."""

@@ -60,7 +60,7 @@ class StagedEvent:
 
 
 class StagedProcessor:
-    """`nbytes` of memory apart. `delay` scripts how late things are; `check`: look for bytes changed too early.
+    """`nbytes` of memory apart, for one model. `delay` scripts how late things are; `check`: look for bytes changed too early.
 
     `races` lists what was found, and `peak` is the most bytes that were allocated at once, for tests. Copies of one
     urgency run one after the other.
@@ -80,6 +80,7 @@ class StagedProcessor:
         self._delay = delay
         self._check = check
         self._lock = threading.RLock()
+        self._closed = False
         self._jobs: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
 
     def memory(self) -> tuple[int, int]:
@@ -135,7 +136,7 @@ class StagedProcessor:
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor. As if a kernel still read it: reached late, and then nothing may have changed."""
-        if not streams:
+        if not streams or self._closed:
             return []
         event = StagedEvent()
         tensor = self.over(block, start, nbytes)[0]
@@ -145,6 +146,7 @@ class StagedProcessor:
     def close(self) -> None:
         """See Processor."""
         with self._lock:
+            self._closed = True  # what is given back from here on is not used anew
             for jobs in self._jobs.values():
                 jobs.put(None)
             self._jobs.clear()

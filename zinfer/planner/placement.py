@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zinfer.errors import BudgetError
+from zinfer.planner.pipeline import steady_sweep
 
 MIN_WINDOW = 64 << 20  # bytes; two blocks a queue slot, below which a deep queue cannot stay full
 ROWS_WINDOW = (
     64 << 20
 )  # bytes; a table of rows up to this size may be asked for whole (positions, relative biases)
 GAP_BYTES = 160 << 20  # ~0.04 s of a 4-GB/s drive: it reads on while the head computes and a token is chosen
-COMPUTE_SHARE = 0.25  # time to compute with a weight over the time to read it; a CPU at batch 1
+RESTART_BYTES = 8 << 20  # two blocks, 2-3 ms: the latency that a full queue hides
+PAUSE_BYTES = 64 << 20  # ~0.015 s of such a drive: choosing a token, between two sweeps
+CONTENTION = (
+    0.1  # of the time to read a weight, which operators lose to the drive's share of the memory's bandwidth
+)
+AS_GOOD = 1.01  # times the shortest sweep on paper
+# Time to compute with a weight over the time to read it: a CPU at batch 1, and at 32.
+COMPUTE_SHARES = (0.15, 0.35)
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,20 @@ def place(weights: Sequence[Footprint], available: int, through: int = 0) -> Pla
         if kept and weights[by_size[kept]].window == weights[by_size[kept - 1]].window:
             continue  # one more of the same size makes the window no smaller, only the spread uneven
         largest = max(floor, weights[by_size[kept]].window)
-        for window in {GAP_BYTES + largest, max(MIN_WINDOW, 2 * largest), 3 * largest, 2 * largest, largest}:
+        for window in {
+            GAP_BYTES + largest,
+            max(MIN_WINDOW, 2 * largest),
+            *(n * largest for n in (1, 2, 3, 4, 6)),
+        }:
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
                 options.append(option)
     if options:
-        return min(options, key=lambda option: (_drive_bytes(weights, order, option), -option.window_bytes))
+        costs = [_drive_bytes(weights, order, option) for option in options]
+        best = min(costs)
+        # A window is worth more than it looks on paper, where a drive is always as fast as the last time.
+        near = [option for option, cost in zip(options, costs, strict=True) if cost <= AS_GOOD * best]
+        return max(near, key=lambda option: option.window_bytes)
     least = smallest(weights, through)
     raise BudgetError(f"{available} bytes for weights are too few, {least} would do", least)
 
@@ -151,15 +167,15 @@ def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
 
 
 def _drive_bytes(weights: Sequence[Footprint], order: Sequence[int], placement: Placement) -> float:
-    """What a sweep costs, as bytes that the drive could have moved: those it reads, and its pauses.
-
-    It pauses while an operator computes with a weight beside which the window has no room for another like it; and
-    once a sweep, between the last weight that streams and the first of the next token, when the window is full.
-    """
-    streamed = [weights[i].window for i in order if i not in placement.residents]
-    alone = sum(size for size in streamed if 2 * size > placement.window_bytes)
-    pause = max(0, GAP_BYTES + max(streamed, default=0) - placement.window_bytes)
-    return sum(streamed) + COMPUTE_SHARE * alone + pause
+    """What sweeps cost, as bytes that the drive could have moved: the mean over COMPUTE_SHARES, and CONTENTION."""
+    sizes = [weights[i].window for i in order]
+    streamed = [i not in placement.residents for i in order]
+    costs = [
+        steady_sweep(sizes, streamed, placement.window_bytes, share, PAUSE_BYTES, RESTART_BYTES)
+        for share in COMPUTE_SHARES
+    ]
+    moved = sum(size for size, moves in zip(sizes, streamed, strict=True) if moves)
+    return sum(costs) / len(costs) + CONTENTION * moved
 
 
 def _with_largest_kept(
