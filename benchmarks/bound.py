@@ -121,12 +121,6 @@ class Point:
         return self.run.first_read / self._counted("first_swept_bytes")
 
     @property
-    def first_ratio_ahead(self) -> float:
-        """The same less what the window can hold of the second token's."""
-        ahead = min((self.run.outcome.report or {})["window_bytes"], self.streamed)
-        return (self.run.first_read - ahead) / self._counted("first_swept_bytes")
-
-    @property
     def unused(self) -> int:
         """Bytes of the budget, or of W where that is less, that are neither weights nor key-value cache."""
         return min(self.cell.budget, self.swept) - self.resident - self.cache
@@ -202,7 +196,6 @@ def byte_rows(points: Mapping[Cell, Sequence[Point]]) -> str:
         "read a token",
         "over W - R",
         "first token over W",
-        "... less ahead",
     ]
     header += ["used", "KV cache", "drive, GB/s", "... into 8 MiB"]
     rows = []
@@ -218,7 +211,6 @@ def byte_rows(points: Mapping[Cell, Sequence[Point]]) -> str:
                 _spread(mine, lambda point: point.read / GB, 3),
                 _spread(mine, lambda point: point.read_ratio, 4),
                 _spread(mine, lambda point: point.first_ratio, 4),
-                _spread(mine, lambda point: point.first_ratio_ahead, 4),
                 _spread(mine, lambda point: point.run.account / GB, 3),
                 _spread(mine, lambda point: point.cache / GB, 3),
                 _spread(mine, lambda point: point.rate / GB, 2),
@@ -266,8 +258,8 @@ def requirements(
             False,
         ),
         Requirement(
-            "bytes read to the first token, less what the window holds of the second / W",
-            worst(lambda point: point.first_ratio_ahead, everywhere),
+            "bytes read to the first token / W",
+            worst(lambda point: point.first_ratio, everywhere),
             FIRST_BOUND,
             False,
         ),

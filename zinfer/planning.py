@@ -175,7 +175,7 @@ class _Task:
                 "prompt smaller"
             )
         within = min(available - cache, left) if streams else available
-        return parts, place_on_cpu(parts.footprints, available, within)
+        return parts, place_on_cpu(parts.footprints, available, within, batch if streams else 1)
 
     def _least(self, host: int, cache: int) -> int:
         """The smallest host budget that works with a cache of that size; larger ones have larger buffers."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from zinfer.errors import BudgetError
 from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth, caches_of
-from zinfer.planner.placement import grown, place, smallest, thinned
+from zinfer.planner.placement import Placement, grown, place, smallest, thinned
 from zinfer.streaming import Streaming
 
 logger = logging.getLogger("zinfer")
@@ -31,7 +31,8 @@ class Residency:
     Two limits hold as far as a pass can be foreseen. The ceiling (max_memory) is for weights and key-value caches;
     what the machine had free at the start is for those and for activations too, which are estimated, not refused.
     Usually some residents leave or return. Where that is not enough, memory is divided anew, once: with a window
-    that can stream what has to leave, and with places for all that can return later.
+    that can stream what has to leave, and with places for all that can return later. It also is before the first pass,
+    if as many sequences as that one has are better served by another window.
 
     Any thread may call any method. One lock guards it; a thread that holds it takes the coordinator's, never the
     other way round.
@@ -48,6 +49,7 @@ class Residency:
         self._itemsize = getattr(dtype, "itemsize", widest)
         self._streaming = streaming
         self._placement = streaming.placement  # its residents are all that have a place
+        self._rows = 1  # sequences of a pass that memory was divided for
         self._divided = True  # False while memory is divided anew: an interrupt may leave it at any point
         self._lock = threading.RLock()
         self._caches: dict[int, tuple[weakref.ref[Any], int]] = {}  # bytes of each cache that is alive
@@ -127,9 +129,10 @@ class Residency:
         ceiling = account.ceiling - other
         machine = account.free - other - sum(activations for _, activations in self._coming.values())
         within = min(ceiling, machine)
-        if self._divided and self._fits(within):
-            return
         least = smallest(footprints)
+        better = self._other_window(coming.rows, max(within, least))
+        if self._divided and better is None and self._fits(within):
+            return
         if within < least:
             if ceiling < least and sure:
                 self._refuse(ceiling, least, caches, coming)
@@ -138,13 +141,21 @@ class Residency:
         fixed = self._placement.window_bytes + self._placement.transient_bytes
         residents = self._residents
         stay = thinned(footprints, residents, self._placement.window_bytes, within - fixed)
-        if stay is None or not self._divided:
-            self._divide(within)
+        if stay is None or not self._divided or better is not None:
+            self._divide(better or place(footprints, within, self._rows))
         elif stay != residents:
             self._keep(residents, stay)
         else:
             spare = min(SPARE_BYTES, account.ceiling // SPARE_SHARE)
             self._keep(residents, self._returning(residents, within - fixed, spare))
+
+    def _other_window(self, rows: int, within: int) -> Placement | None:
+        """A placement for passes of `rows` sequences, if it has another window and nothing would be read twice."""
+        if rows <= self._rows or len(self._coming) > 1 or self._streaming.loaded:
+            return None
+        self._rows = rows
+        wanted = place(self._streaming.footprints, within, rows)
+        return wanted if wanted.window_bytes != self._placement.window_bytes else None
 
     def _fits(self, within: int) -> bool:
         """Whether all is well as it is: residents fit, and none could return."""
@@ -187,13 +198,12 @@ class Residency:
             account.ceiling + least - ceiling,
         )
 
-    def _divide(self, within: int) -> None:
-        """Give all memory back and divide it anew, with `within` bytes for weights now and more when caches are gone.
+    def _divide(self, now: Placement) -> None:
+        """Give all memory back and divide it anew: as in `now`, and with more residents when caches are gone.
 
         Every resident is read again at its next use.
         """
-        streaming, footprints = self._streaming, self._streaming.footprints
-        now, account = place(footprints, within), streaming.account
+        streaming, footprints, account = self._streaming, self._streaming.footprints, self._streaming.account
         fixed = now.window_bytes + now.transient_bytes
         calm = account.ceiling - account.small - account.bounce - fixed
         everyone = frozenset(i for i, footprint in enumerate(footprints) if not footprint.rows_only)

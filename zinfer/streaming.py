@@ -134,6 +134,11 @@ class Streaming:
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
 
+    @property
+    def loaded(self) -> bool:
+        """Whether any weight has become resident."""
+        return any(weight.resident is not None for weight in self.weights)
+
     def unsettle(self, weight: Weight) -> None:
         """Put the streamed parameter of `weight` back where it is used."""
         index = self.weights.index(weight)

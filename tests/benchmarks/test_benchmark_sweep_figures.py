@@ -113,14 +113,13 @@ def test_bytes_of_a_token_are_the_mean_as_a_token_may_read_ahead_for_the_next():
     assert Point(HALF, run, run).read == 4 * GB
 
 
-def test_the_first_token_may_fill_the_window_for_the_second_but_not_read_twice():
-    name = "bytes read to the first token, less what the window holds of the second / W"
-    ahead = a_point(first=8 * GB + WINDOW)
-    assert ahead.first_ratio == pytest.approx(8.25 / 8)
-    assert required({HALF: [ahead]})[name].measured == pytest.approx(1.0)
-    assert not required({HALF: [a_point(first=8 * GB + 2 * WINDOW)]})[name].met
-    everything = a_point(ALL, resident=8 * GB, read=0, first=8 * GB + WINDOW)
-    assert not required({ALL: [everything]})[name].met
+def test_the_first_token_may_read_a_little_for_the_second_but_not_a_window():
+    name = "bytes read to the first token / W"
+    ahead = a_point(first=8.125 * GB)
+    assert ahead.first_ratio == pytest.approx(8.125 / 8)
+    assert required({HALF: [ahead]})[name].measured == pytest.approx(8.125 / 8)
+    assert required({HALF: [a_point(first=8.16 * GB)]})[name].met
+    assert not required({HALF: [a_point(first=8 * GB + WINDOW)]})[name].met
 
 
 def test_undisturbed_rounds_count_where_there_are_enough():

@@ -57,7 +57,7 @@ def test_what_was_read_ahead_is_not_read_again():
     scene = Scene("abcd", window=3 * SIZE)
     scene.use("abcd")
     assert scene.device.names(urgent=True) == "a"
-    assert scene.device.names() == "abcdab"
+    assert scene.device.names() == "abcda"  # of the second sweep as little as can be
     assert (scene.coordinator.counters.misses, scene.coordinator.counters.hits) == (1, 3)
 
 

@@ -20,6 +20,7 @@ class Sweep:
         trace: Trace[Any] = Trace([self.weights[name] for name in guess])
         self.reader = Reader(trace)
         self.limit = limit
+        self.first_bytes = 1_000 * SIZE
         self.room = 1_000
         self.started = ""
         self.live: list[weakref.ref[FakeFetch]] = []
@@ -45,7 +46,7 @@ class Sweep:
             fetch = self.reader.advance(weight)
             outcome += "-" if fetch is None else "+"
             self.reader.held = fetch
-            self.reader.extend(self.start, self.limit, 20)
+            self.reader.extend(self.start, self.limit, 20, self.first_bytes)
         return outcome
 
     def ahead(self) -> str:
@@ -57,7 +58,7 @@ class Sweep:
 
 def test_nothing_is_read_ahead_of_the_first_use():
     sweep = Sweep("abcd")
-    sweep.reader.extend(sweep.start, 100 * SIZE, 10)
+    sweep.reader.extend(sweep.start, 100 * SIZE, 10, 100 * SIZE)
     assert sweep.started == ""
 
 
@@ -75,6 +76,27 @@ def test_reading_ahead_wraps_around_from_the_last_to_the_first():
     assert sweep.use("eabcdeab") == "++++++++"
 
 
+def test_the_first_sweep_reads_little_for_the_second():
+    sweep = Sweep("abcde")
+    sweep.first_bytes = 2 * SIZE - 1
+    sweep.use("abcd")
+    assert sweep.ahead() == "ea"
+    sweep.use("e")
+    assert sweep.ahead() == "a"
+    sweep.use("a")
+    assert sweep.ahead() == "bcd"
+    assert sweep.use("bcdeab") == "++++++"
+
+
+def test_what_is_used_several_times_in_the_first_sweep_ends_the_thrift():
+    sweep = Sweep("abcde")
+    sweep.first_bytes = 0
+    sweep.use("aab")
+    assert sweep.ahead() == "cde"
+    sweep.use("abcd")
+    assert sweep.ahead() == "eab"
+
+
 def test_reading_ahead_stops_at_the_limit_in_bytes():
     sweep = Sweep("abcde", limit=2 * SIZE)
     sweep.use("a")
@@ -90,7 +112,7 @@ def test_one_more_is_read_ahead_while_less_than_the_limit_is():
 def test_reading_ahead_stops_at_the_limit_in_number():
     sweep = Sweep("ab", limit=100 * SIZE)
     sweep.reader.advance(sweep.weights["a"])
-    sweep.reader.extend(sweep.start, sweep.limit, 2)
+    sweep.reader.extend(sweep.start, sweep.limit, 2, sweep.limit)
     assert sweep.ahead() == "ba"
 
 

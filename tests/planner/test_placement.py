@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from zinfer.errors import BudgetError
 from zinfer.planner.pipeline import steady_sweep
 from zinfer.planner.placement import (
-    COMPUTE_SHARES,
+    COMPUTE_SHARE,
     GAP_BYTES,
+    MOST_WINDOW,
     PAUSE_BYTES,
     ROWS_WINDOW,
     Footprint,
@@ -144,8 +145,14 @@ def test_the_window_keeps_the_drive_busy(budget, idle):
     weights = [Footprint(4 * MIB, 4 * MIB)] * 2000
     plan = place(weights, budget * MIB)
     streamed = [i not in plan.residents for i in range(2000)]
-    sweep = steady_sweep([4 * MIB] * 2000, streamed, plan.window_bytes, min(COMPUTE_SHARES), PAUSE_BYTES)
+    sweep = steady_sweep([4 * MIB] * 2000, streamed, plan.window_bytes, COMPUTE_SHARE, PAUSE_BYTES)
     assert sweep <= (1 + idle) * sum(streamed) * 4 * MIB
+
+
+def test_many_sequences_get_a_larger_window_within_bounds():
+    weights = ([Footprint(32 * MIB, 32 * MIB)] * 4 + [Footprint(86 * MIB, 86 * MIB)] * 3) * 15
+    windows = [place(weights, 4300 * MIB, rows).window_bytes for rows in (1, 32, 1000)]
+    assert windows[0] < windows[1] <= windows[2] <= MOST_WINDOW
 
 
 def test_weights_that_follow_each_other_closely_get_a_window_for_all_of_them():

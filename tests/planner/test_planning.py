@@ -58,7 +58,7 @@ def test_the_places_are_those_of_a_run(checkpoint, budget, nothing_left):
     plan = zinfer.plan(checkpoint, hardware=cpu(), max_memory={"cpu": budget}, prompt=8, new_tokens=4)
     with zinfer.run(checkpoint, max_memory={"cpu": budget}, progress=False) as model:
         with torch.no_grad():
-            model(torch.arange(12).reshape(1, 12), use_cache=True)  # the cache of prompt and new tokens
+            model(torch.arange(11).reshape(1, 11), use_cache=True)  # as many positions as the plan has
         report = model.zinfer.report()
         resident = {w.name for w in model.zinfer._streaming.weights if w.wants_residence}
         sweep_bytes = model.zinfer.sweep_bytes
@@ -127,7 +127,7 @@ def test_a_cast_on_the_fly_takes_time_and_is_planned_as_it_is_run(checkpoint):
     plan = zinfer.plan(checkpoint, dtype="bfloat16", **task)
     with zinfer.run(checkpoint, dtype="bfloat16", max_memory={"cpu": "16MiB"}, progress=False) as model:
         with torch.no_grad():
-            model(torch.arange(12).reshape(1, 12), use_cache=True)  # the cache of prompt and new tokens
+            model(torch.arange(11).reshape(1, 11), use_cache=True)  # as many positions as the plan has
         # The cast table of embeddings counts as a matrix there; rows of it are all that operators ask for.
         assert 0 < plan.read_bytes == model.zinfer.sweep_bytes - 512 * 256 * 4
         assert plan.conversion_bytes == model.zinfer.report().conversion_bytes > 0

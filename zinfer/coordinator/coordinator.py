@@ -26,6 +26,7 @@ LONE_DEADLINE = 1.0  # the same where there are no other threads
 POLL = 0.1  # seconds the first in line waits for room before it looks at what else there is to drop
 TURN = 0.001  # seconds between the others' looks whether it is their turn
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
+FIRST_SHARE = 64  # of a model's bytes, this part is read for the second sweep before the first has ended
 LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
 
 
@@ -56,6 +57,7 @@ class Coordinator:
         self.device = device
         self.counters = Counters()
         self._streamed = [weight for weight in order if not weight.rows_only]
+        self._streamed_bytes = sum(weight.layout.nbytes for weight in self._streamed)
         self._trace = Trace(self._streamed)
         self._on_resident = on_resident
         self._lock = threading.RLock()
@@ -231,6 +233,7 @@ class Coordinator:
             lambda weight: self._current(weight) or self.device.start(weight, urgent=False),
             window // max(1, active),
             len(self._streamed),
+            self._streamed_bytes // FIRST_SHARE,
         )
 
     def _make_room_and_start(self, weight: Weight) -> Fetch:

@@ -26,6 +26,7 @@ class Reader:
         self.held: Fetch | None = None
         self._before: Weight | None = None
         self._last: Weight | None = None
+        self._seen: set[Weight] | None = set()  # used in the first sweep; None once that is over
         self._misses = 0
         self.touched = 0.0  # time.monotonic() of the last use
 
@@ -35,6 +36,11 @@ class Reader:
         known = self._last is not None and self._trace.saw(self._before, self._last)
         self._trace.observe(*expected, weight)
         self._before, self._last = self._last, weight
+        if self._seen is not None:
+            again = weight in self._seen and weight is not expected[1]
+            self._seen.add(weight)
+            if again:
+                self._seen = None
         position = next((i for i, fetch in enumerate(self.queue) if fetch.weight is weight), None)
         if position is not None:
             for _ in range(position):
@@ -49,15 +55,20 @@ class Reader:
             self.queue.clear()
         return None
 
-    def extend(self, start: Callable[[Weight], Fetch | None], limit_bytes: int, limit_count: int) -> None:
+    def extend(
+        self, start: Callable[[Weight], Fetch | None], limit_bytes: int, limit_count: int, first_bytes: int
+    ) -> None:
         """Start reads for predicted uses until `limit_bytes` are ahead or `start` finds no room.
 
+        In the first sweep at most `first_bytes`, or one weight, are for another: many want one only.
         Reads that a rebuild set aside are taken over where they are predicted again, then dropped.
         """
         if self._last is None:
             return
         ahead = sum(fetch.weight.layout.nbytes for fetch in self.queue)
         before, last = self._tail()
+        seen = self._seen or ()
+        beyond = sum(fetch.weight.layout.nbytes for fetch in self.queue if fetch.weight in seen)
         skipped = 0
         while ahead < limit_bytes and len(self.queue) < limit_count and skipped <= limit_count:
             following = self._trace.successor(before, last)
@@ -67,6 +78,10 @@ class Reader:
             if following.resident is not None:
                 skipped += 1
                 continue
+            if following in seen:
+                if beyond and beyond + following.layout.nbytes > first_bytes:
+                    break
+                beyond += following.layout.nbytes
             fetch = start(following)
             if fetch is None:
                 break

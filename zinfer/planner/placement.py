@@ -23,8 +23,11 @@ CONTENTION = (
     0.1  # of the time to read a weight, which operators lose to the drive's share of the memory's bandwidth
 )
 AS_GOOD = 1.01  # times the shortest sweep on paper
-# Time to compute with a weight over the time to read it: a CPU at batch 1, and at 32.
-COMPUTE_SHARES = (0.15, 0.35)
+# Time to compute with a weight over the time to read it, as measured on a CPU at batch 1 and what each row adds. Drives
+# differ, so that a larger share counts too; beyond the last, computing is all that takes time.
+COMPUTE_SHARE, SHARE_OF_A_ROW = 0.15, 0.008
+OTHER_SHARE, MOST_SHARE = 0.35, 0.5
+MOST_WINDOW = 448 << 20  # bytes; more is given only to weights that need it
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ class Placement:
         return self.resident_bytes + self.window_bytes + self.transient_bytes
 
 
-def place(weights: Sequence[Footprint], available: int) -> Placement:
+def place(weights: Sequence[Footprint], available: int, rows: int = 1) -> Placement:
     """The placement with the fastest sweep within `available` bytes; `weights` are in operator order.
 
+    `rows`: sequences that each sweep computes. The more there are, the longer operators compute and the larger a window
+    pays: what it takes from the residents is read while there is time.
     Raises BudgetError with the smallest number of bytes that works.
     """
     converted, floor = _window_floors(weights)
@@ -75,15 +80,18 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
             continue  # one more of the same size makes the window no smaller, only the spread uneven
         largest = max(floor, weights[by_size[kept]].window)
         for window in {
-            GAP_BYTES + largest,
+            largest,
             max(MIN_WINDOW, 2 * largest),
-            *(n * largest for n in (1, 2, 3, 4, 6)),
+            *(
+                min(w, max(largest, MOST_WINDOW))
+                for w in (GAP_BYTES + largest, *(n * largest for n in (2, 3, 4, 6)))
+            ),
         }:
             option = _with_largest_kept(weights, order, by_size[:kept], window, transient, room)
             if option is not None:
                 options.append(option)
     if options:
-        costs = [_drive_bytes(weights, order, option) for option in options]
+        costs = [_drive_bytes(weights, order, option, rows) for option in options]
         best = min(costs)
         # A window is worth more than it looks on paper, where a drive is always as fast as the last time.
         near = [option for option, cost in zip(options, costs, strict=True) if cost <= AS_GOOD * best]
@@ -91,12 +99,16 @@ def place(weights: Sequence[Footprint], available: int) -> Placement:
     raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
 
 
-def divided(weights: Sequence[Footprint], first: Placement, within: int) -> Placement:
+def divided(weights: Sequence[Footprint], first: Placement, within: int, rows: int = 1) -> Placement:
     """`first` as it is when only `within` bytes are left of what it was made for: usually with fewer residents.
 
-    Where its window cannot stream those that would have to leave, another placement. Raises BudgetError with the
-    fewest bytes that work.
+    Where its window cannot stream those that would have to leave, or is another than `rows` sequences want, another
+    placement. Raises BudgetError with the fewest bytes that work.
     """
+    if rows > 1:
+        wanted = place(weights, within, rows)
+        if wanted.window_bytes != first.window_bytes:
+            return wanted
     stay = thinned(
         weights, first.residents, first.window_bytes, within - first.window_bytes - first.transient_bytes
     )
@@ -164,15 +176,18 @@ def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
     return order, sorted(order, key=lambda i: -weights[i].window)
 
 
-def _drive_bytes(weights: Sequence[Footprint], order: Sequence[int], placement: Placement) -> float:
-    """What sweeps cost, as bytes that the drive could have moved: the mean over COMPUTE_SHARES, and CONTENTION."""
+def _drive_bytes(
+    weights: Sequence[Footprint], order: Sequence[int], placement: Placement, rows: int
+) -> float:
+    """What sweeps of `rows` cost, as bytes that the drive could have moved: the mean over shares, and CONTENTION."""
     sizes = [weights[i].window for i in order]
     streamed = [i not in placement.residents for i in order]
     # Of a small model, both in proportion: else they would be all that counts.
     pause, restart = min(PAUSE_BYTES, sum(sizes) // 64), min(RESTART_BYTES, max(sizes, default=0) // 8)
+    share = min(COMPUTE_SHARE + SHARE_OF_A_ROW * (rows - 1), MOST_SHARE)
     costs = [
-        steady_sweep(sizes, streamed, placement.window_bytes, share, pause, restart)
-        for share in COMPUTE_SHARES
+        steady_sweep(sizes, streamed, placement.window_bytes, each, pause, restart)
+        for each in {share, max(share, OTHER_SHARE)}
     ]
     moved = sum(size for size, moves in zip(sizes, streamed, strict=True) if moves)
     return sum(costs) / len(costs) + CONTENTION * moved

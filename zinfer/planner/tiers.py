@@ -28,14 +28,15 @@ class Tiers:
     conversions: int
 
 
-def place_on_cpu(weights: Sequence[Footprint], available: int, within: int) -> Tiers:
+def place_on_cpu(weights: Sequence[Footprint], available: int, within: int, rows: int = 1) -> Tiers:
     """The placement of zinfer.run, which computes on the CPU: made for `available` bytes, cut to what caches leave.
 
+    `rows`: sequences at once, as for place().
     Raises BudgetError with the fewest bytes `within` that work.
     """
     found = Placement(frozenset(), 0, 0, 0)
     if weights:
-        found = divided(weights, place(weights, available), within)
+        found = divided(weights, place(weights, available), within, rows)
     return Tiers(
         frozenset(), found.residents, 0, 0, found.resident_bytes, found.window_bytes, found.transient_bytes
     )
