@@ -72,6 +72,39 @@ def test_a_cache_that_grows_turns_residents_back_to_streaming_and_tokens_stay_eq
     check_device(model)
 
 
+@pytest.fixture(scope="module")
+def of_matrices(tmp_path_factory):
+    """14 MB of a llama whose matrices are large enough for windows to differ."""
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
+    )
+    folder = tmp_path_factory.mktemp("of-matrices")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_many_sequences_get_a_window_of_their_own_before_anything_stays(of_matrices):
+    rows, budget = torch.arange(32).reshape(32, 1), 10_000_000
+    reference = transformers.LlamaForCausalLM.from_pretrained(of_matrices).eval()
+    with run(of_matrices, offload="nvme", max_memory={"cpu": budget}) as model:
+        window = model.zinfer.report().window_bytes
+        tokens, cache = decode(model, rows, 4)
+        assert model.zinfer.report().window_bytes > window
+        assert account_bytes(model) + cache_bytes(cache) <= budget
+        assert tokens == decode(reference, rows, 4)[0]
+        check_device(model)
+
+
+def test_memory_is_not_divided_for_more_sequences_once_residents_are_read(of_matrices):
+    with run(of_matrices, offload="nvme", max_memory={"cpu": 10_000_000}) as model:
+        decode(model, IDS, 3)
+        window, residents = model.zinfer.report().window_bytes, resident_weights(model)
+        decode(model, torch.arange(32).reshape(32, 1), 1)
+        assert model.zinfer.report().window_bytes == window
+        assert resident_weights(model) < residents  # some make room for the cache; none is read again
+
+
 def test_residents_return_when_the_caches_are_gone(wide):
     model, _ = wide
     decode(model, IDS, 2)
