@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinfer.caches_on_host import CACHE
 from zinfer.errors import OptionError, ReadOnlyError, ZinferError
 from zinfer.runtime import Runtime
 from zinfer.weights.parameter import StreamedParameter
@@ -29,7 +31,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     The instance gets a subclass of its class with the same name (as FSDP2 does), which adds
     `__enter__` and `__exit__`; `__call__` without autograd (streamed weights do not train, and a graph would
     hold every activation); copies that share the streamed weights; and an explanation where a method
-    cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES.
+    cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES. Where caches go to host
+    memory, generate() says which are its own.
     """
     base = type(model)
     extra: dict[str, Any] = {
@@ -45,6 +48,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
         extra |= {name: _refused(base, name) for name in _NEEDS_BYTES if hasattr(base, name)}
     else:
         extra["__deepcopy__"] = _deepcopy_in_memory
+    if runtime.caches is not None:
+        extra["generate"] = _generate(base)
     model.__class__ = types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(extra))
     model.zinfer = runtime  # type: ignore[assignment]
     model.register_forward_pre_hook(runtime.begin_sweep, with_kwargs=True)
@@ -58,6 +63,17 @@ def _without_autograd(base: type[nn.Module]) -> Callable[..., Any]:
             return base.__call__(self, *args, **kwargs)
 
     return call
+
+
+def _generate(base: Any) -> Callable[..., Any]:
+    """generate(), whose own cache goes to host memory."""
+
+    @functools.wraps(base.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.zinfer.caches.generating(kwargs.get(CACHE)):
+            return base.generate(self, *args, **kwargs)
+
+    return generate
 
 
 def _refused(base: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -76,13 +92,13 @@ def _refused(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """What .to() and its like apply to each tensor: nothing to do, or an explanation."""
-    for dtype in {tensor.dtype for tensor in self.parameters()}:
-        probe = torch.empty(0, dtype=dtype)
+    for dtype, device in {(tensor.dtype, tensor.device) for tensor in self.parameters()}:
+        probe = torch.empty(0, dtype=dtype, device=device)
         try:
             moved = fn(probe)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise OptionError(
-                f"this model computes on the CPU, where its weights stream to: {error}"
+                f"this model computes on {device}, where its weights stream to: {error}"
             ) from error
         if moved is not probe:
             raise OptionError(

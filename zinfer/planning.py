@@ -326,7 +326,7 @@ def _plan(
         host_budget=host_budget,
         device_budget=device_budget,
         host_window=tiers.host_window,
-        device_window=tiers.device_window,
+        device_window=tiers.device_window + tiers.device_conversions,
         conversion_bytes=tiers.conversions,
         buffer_bytes=parts.bounce,
         cache_bytes=work.cache_bytes,

@@ -13,7 +13,14 @@ from typing import Any
 from torch import nn
 
 from zinfer.errors import BudgetError
-from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth, caches_of
+from zinfer.kv_cache import (
+    Pass,
+    activation_bytes,
+    cache_bytes,
+    cache_growth,
+    caches_of,
+    growth_where_computed,
+)
 from zinfer.planner.placement import Placement, grown, place, smallest, thinned
 from zinfer.streaming import Streaming
 
@@ -79,7 +86,8 @@ class Residency:
         growth, sure = 0, True
         if self._makes_cache(kwargs):
             foreseen = cache_growth(caches[0] if caches else None, self._config, self._itemsize, coming)
-            growth, sure = foreseen.nbytes, foreseen.sure and self._caching is True
+            growth = growth_where_computed(caches[0] if caches else None, foreseen)
+            sure = foreseen.sure and self._caching is True
         activations = activation_bytes(self._config, self._itemsize, coming)
         me = threading.current_thread()
         with self._lock:

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from zinfer.caches_on_host import CachesOnHost
 from zinfer.errors import OptionError
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
-from zinfer.report import Report
+from zinfer.report import DeviceFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -25,8 +26,9 @@ class Runtime:
 
     A sweep is counted at each call of the model itself; the time between two calls of a thread belongs to the
     first of them, so sampling and text output count as part of a token's time (see zinfer.timeline.sweeps).
-    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predict`: seconds that a sweep
-    of so many sequences, so many positions long, should take, or None; the report shows it beside the measured.
+    `recorder`: what the reads and operators are told to, if timeline() was asked for. `caches`: who puts
+    key-value caches into host memory, if they are to be there. `predict`: seconds that a sweep of so many sequences,
+    so many positions long, should take, or None; the report shows it beside the measured.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Runtime:
         bytes_written: int,
         *,
         recorder: Recorder | None = None,
+        caches: CachesOnHost | None = None,
         predict: Callable[[int, int], float | None] | None = None,
     ) -> None:
         self._name = type(model).__name__
@@ -48,6 +51,7 @@ class Runtime:
         self.offload = offload
         self._bytes_written = bytes_written
         self._recorder = recorder
+        self.caches = caches
         self._predict = predict
         self._predicted: float | None = None
         self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
@@ -55,7 +59,8 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
-        coordinator, account = self._streaming.coordinator, self._streaming.account
+        coordinator = self._streaming.coordinator
+        account = self._streaming.host or self._streaming.account
         drives, counters = coordinator.device.drives, coordinator.counters
         steady = self._log.steady()
         # A copy: other threads may wait meanwhile.
@@ -71,15 +76,15 @@ class Runtime:
             backend=drives.backend,
             direct=all(file.direct for file in drives.files.values()),
             drives=tuple(map(str, drives.settings)),
-            model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
+            model_bytes=sum(w.nbytes for w in self._streaming.weights) + self._streaming.account.small,
             budget=account.ceiling,
             planned_resident_bytes=account.residents,
-            resident_bytes=self.resident_bytes,
+            resident_bytes=self._host_bytes,
             window_bytes=account.window,
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
-            cache_bytes=0 if self._residency is None else self._residency.cache_bytes,
+            cache_bytes=self._host_cache_bytes,
             pool_bytes=sum(pool.capacity for pool in pools),
             huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
@@ -107,11 +112,43 @@ class Runtime:
             waits_by_weight=dict(waits),
             process_peak_bytes=process_peak(),
             fallbacks=self._fallbacks(),
+            device=self._device_figures(),
+        )
+
+    def _device_figures(self) -> DeviceFigures | None:
+        if self._streaming.host is None:
+            return None
+        account = self._streaming.account
+        return DeviceFigures(
+            name=self._streaming.coordinator.device.name,
+            budget=account.ceiling,
+            planned_resident_bytes=account.residents,
+            resident_bytes=self.resident_bytes,
+            window_bytes=account.window,
+            small_bytes=account.small,
+            conversion_bytes=account.conversions,
+            cache_bytes=self._cache_bytes,
         )
 
     @property
+    def _cache_bytes(self) -> int:
+        return 0 if self._residency is None else self._residency.cache_bytes
+
+    @property
+    def _host_cache_bytes(self) -> int:
+        if self._streaming.host is None:
+            return self._cache_bytes
+        return 0 if self.caches is None else self.caches.nbytes
+
+    @property
+    def _host_bytes(self) -> int:
+        """Bytes of weights that are in host memory for good by now."""
+        kept = self._streaming.coordinator.device.kept_bytes
+        return kept + (self.resident_bytes if self._streaming.host is None else 0)
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes of weights that are in memory for good by now, small tensors included."""
+        """Bytes of weights that are for good in the memory that computes by now, small tensors included."""
         weights = self._streaming.weights
         return sum(w.nbytes for w in weights if w.resident is not None) + self._streaming.account.small
 
@@ -124,7 +161,12 @@ class Runtime:
     @property
     def sweep_bytes(self) -> int:
         """Bytes that a sweep is expected to read once the residents are loaded."""
-        return sum(w.read_bytes for w in self._streaming.weights if not (w.wants_residence or w.rows_only))
+        device = self._streaming.coordinator.device
+        return sum(
+            weight.read_bytes
+            for weight in self._streaming.weights
+            if not (weight.wants_residence or weight.rows_only or device.in_place(weight))
+        )
 
     @property
     def sweeps(self) -> int:
@@ -161,6 +203,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
+        if self.caches is not None:
+            self.caches.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:
@@ -182,9 +226,16 @@ class Runtime:
         state = "closed" if self.closed else f"{self._log.begun} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
+    def begin_sweep(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A hook for before the model's forward, which gets what this returns.
+
+        Raises ClosedError after close(), and what Residency.before and CachesOnHost.before raise.
+        """
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        if self.caches is not None:
+            kwargs = self.caches.before(args, kwargs)
         if self._residency is not None:
             self._residency.before(args, kwargs)
         if (coming := Pass.of(kwargs, args)) is not None:
@@ -192,12 +243,14 @@ class Runtime:
         if self._recorder is not None:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
+        return args, kwargs
 
     def end_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A hook for after the model's forward."""
         if self._recorder is not None:
             self._recorder.end_sweep()
-        self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
+        on_device = 0 if self._streaming.host is None else self.resident_bytes
+        self._log.end(self._mark(), host_bytes=self._host_bytes, device_bytes=on_device)
         if self._residency is not None:
             self._residency.after(kwargs, output)
         self._streaming.coordinator.device.hurry()

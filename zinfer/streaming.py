@@ -14,10 +14,15 @@ from tqdm import tqdm
 
 from zinfer.coordinator.coordinator import Coordinator
 from zinfer.coordinator.recorded import RecordedCoordinator
-from zinfer.device.cpu import CpuDevice, bounce_bytes
+from zinfer.device.attached import AttachedDevice
+from zinfer.device.cpu import CpuDevice
+from zinfer.device.device import Device
+from zinfer.device.host import bounce_bytes
+from zinfer.device.processor import ALIGNMENT, Processor
 from zinfer.errors import BudgetError, OptionError
 from zinfer.planner.memory import free_memory, total_memory
 from zinfer.planner.placement import Footprint, Placement, all_resident, place, smallest
+from zinfer.planner.tiers import Tiers, place_on_tiers
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
@@ -30,6 +35,7 @@ logger = logging.getLogger("zinfer")
 
 SMALL_BYTES = 1 << 20  # a tensor below this is read once and kept: streaming it costs more than it saves
 SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget / SMALL_SHARE
+CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
 # Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
 # plain parameters: their own weights are kept in memory.
 ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -72,15 +78,19 @@ class Held:
     provenance: Provenance
     in_one_operator: bool  # owned by, or below, a module in ONE_OPERATOR
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.numel() * self.tensor.dtype.itemsize
+
     def stays(self, threshold: int) -> bool:
         """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
 
         Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once;
         so do those of the modules in ONE_OPERATOR.
         """
-        nbytes = self.tensor.numel() * self.tensor.dtype.itemsize
         vector = sum(size > 1 for size in self.tensor.shape) < 2
-        return nbytes < threshold or vector or self.in_one_operator or not self.slots[0].is_parameter
+        return self.nbytes < threshold or vector or self.in_one_operator or not self.slots[0].is_parameter
 
 
 class Parts:
@@ -108,9 +118,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Account:
-    """Where the budget went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
+    """Where the budget of a tier went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
 
-    `free` is what the machine had when the plan was made, less headroom: those and activations have to fit there.
+    `free` is what the tier had when the plan was made, less headroom: those and activations have to fit there.
     """
 
     ceiling: int
@@ -124,7 +134,10 @@ class Account:
 
 @dataclass
 class Streaming:
-    """A model's weights, made to stream: what the runtime handle is built on."""
+    """A model's weights, made to stream: what the runtime handle is built on.
+
+    `placement` and `account` are those of the tier that computes; `host` is the host's where that is another.
+    """
 
     coordinator: Coordinator
     weights: list[Weight]
@@ -133,6 +146,7 @@ class Streaming:
     account: Account
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
+    host: Account | None = None
 
     @property
     def loaded(self) -> bool:
@@ -171,54 +185,75 @@ def gather(model: nn.Module) -> list[Held]:
     return list(held.values())
 
 
+@dataclass(frozen=True)
+class Target:
+    """Who computes, None for the CPU, and the ceilings that the user set on host and device, in bytes.
+
+    `kv_offload`: key-value caches are to be in the host's memory.
+    """
+
+    processor: Processor | None = None
+    host: int | None = None
+    device: int | None = None
+    kv_offload: bool = False
+
+
+@dataclass
+class Opened:
+    """A device with memory for a model's weights, and how that is divided: see Streaming."""
+
+    device: Device
+    placement: Placement
+    account: Account
+    host: Account | None = None
+
+
 def stream(
     model: nn.Module,
     *,
     offload: str,
-    ceiling: int | None,
+    target: Target,
     progress: bool,
     allocated: bool = False,
     recorder: Recorder | None = None,
 ) -> Streaming:
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
-    `offload` as for zinfer.run. `ceiling`: bytes zinfer may allocate, None for what is free.
+    `offload` as for zinfer.run. `target`: where it computes, within which ceilings; what is free where none are set.
     `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
     told what happens.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
     free = default_budget()  # asked once, before anything is allocated
-    budget = _budget(ceiling, free)
     held = gather(model)
-    parts = Parts(held, budget, allocated)
-    small, large, weights = parts.small, parts.large, parts.weights
-    placement = _place(parts, held, offload)
-    for index in placement.residents:
-        weights[index].wants_residence = True
-    residents = [weight for weight in weights if weight.wants_residence and weight.placed is not None]
+    parts = Parts(held, _budget(target.host, free), allocated)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
-    in_memory = offload in ("cpu", "none")
-    device = CpuDevice(
-        paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
-    )
+    processor = target.processor
+    if processor is None:
+        opened = _open_cpu(parts, held, offload, paths, free, recorder)
+    else:
+        opened = _open_attached(parts, offload, paths, free, recorder, processor, target)
+    device, weights = opened.device, parts.weights
     try:
-        _read_small(device, small, allocated)
-        slots = [item.slots for item in large]
+        if processor is not None:
+            _move_rest(model, device.torch_device)
+        _read_small(device, parts.small, allocated)
+        slots = [item.slots for item in parts.large]
         told = device, _order(weights, model), _settler(slots, weights)
         coordinator = Coordinator(*told) if recorder is None else RecordedCoordinator(*told, recorder)
-        parameters = [StreamedParameter(weight, coordinator) for weight in weights]
-        account = Account(
-            ceiling=budget,
-            free=free,
-            residents=placement.resident_bytes,
-            window=placement.window_bytes,
-            conversions=placement.transient_bytes,
-            small=parts.small_bytes,
-            bounce=parts.bounce,
+        parameters = [StreamedParameter(weight, coordinator, device.torch_device) for weight in weights]
+        streaming = Streaming(
+            coordinator,
+            weights,
+            parts.footprints,
+            opened.placement,
+            opened.account,
+            slots,
+            parameters,
+            opened.host,
         )
-        streaming = Streaming(coordinator, weights, parts.footprints, placement, account, slots, parameters)
         streaming.install()
-        if in_memory:
+        if offload in ("cpu", "none"):
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)
@@ -226,6 +261,140 @@ def stream(
         device.close()
         raise
     return streaming
+
+
+def _open_cpu(
+    parts: Parts, held: Sequence[Held], offload: str, paths: list[str], free: int, recorder: Recorder | None
+) -> Opened:
+    placement = _place(parts, held, offload)
+    for index in placement.residents:
+        parts.weights[index].wants_residence = True
+    residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
+    in_memory = offload in ("cpu", "none")
+    device = CpuDevice(
+        paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
+    )
+    account = Account(
+        ceiling=parts.budget,
+        free=free,
+        residents=placement.resident_bytes,
+        window=placement.window_bytes,
+        conversions=placement.transient_bytes,
+        small=parts.small_bytes,
+        bounce=parts.bounce,
+    )
+    return Opened(device, placement, account)
+
+
+def _open_attached(
+    parts: Parts,
+    offload: str,
+    paths: list[str],
+    free: int,
+    recorder: Recorder | None,
+    processor: Processor,
+    target: Target,
+) -> Opened:
+    budget = _device_budget(processor, target.device)
+    small = sum(round_up(item.nbytes, ALIGNMENT) for item in parts.small)
+    tiers = _tiers(parts, offload, budget, small, processor, target.kv_offload)
+    for index in tiers.device:
+        parts.weights[index].wants_residence = True
+    processor.limit(budget)
+    device = AttachedDevice(
+        processor,
+        paths,
+        [parts.weights[index] for index in sorted(tiers.host)],
+        tiers.host_window,
+        tiers.device_window,
+        parts.bounce,
+        recorder=recorder,
+    )
+    placement = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
+    on_device = Account(
+        ceiling=budget,
+        free=budget,
+        residents=tiers.device_bytes,
+        window=tiers.device_window,
+        conversions=tiers.device_conversions,
+        small=small,
+        bounce=0,
+    )
+    on_host = Account(
+        ceiling=parts.budget,
+        free=free,
+        residents=tiers.host_bytes,
+        window=tiers.host_window,
+        conversions=tiers.conversions,
+        small=0,
+        bounce=parts.bounce,
+    )
+    return Opened(device, placement, on_device, on_host)
+
+
+def _device_budget(processor: Processor, ceiling: int | None) -> int:
+    """Bytes that may be allocated on the device. Raises BudgetError for a ceiling above what it has."""
+    free, total = processor.memory()
+    key = f"max_memory[{processor.torch_device.index or 0}]"
+    if ceiling is not None and ceiling > total:
+        raise BudgetError(
+            f"{key} is {ceiling} bytes, but {processor.name} has {total}; ask for at most {free}, what is free now"
+        )
+    if ceiling is not None and ceiling > free:
+        logger.warning(
+            "%s is %d bytes, of which %d are free on %s now; using those", key, ceiling, free, processor.name
+        )
+    return (less_headroom(free) if ceiling is None else min(ceiling, free)) - processor.overhead
+
+
+def _tiers(
+    parts: Parts, offload: str, budget: int, small: int, processor: Processor, kv_offload: bool
+) -> Tiers:
+    """Where the weights go. Raises BudgetError with the budget that would do, of the tier that is too small."""
+    key = f"max_memory[{processor.torch_device.index or 0}]"
+    footprints = parts.footprints
+    least = all_resident if offload == "none" else smallest
+    needed = small + (least(footprints) if footprints else 0)
+    if needed > budget:
+        what = (
+            "offload='none' keeps the whole model on the device"
+            if offload == "none"
+            else "the largest operator and the small tensors have to be on the device at once"
+        )
+        raise BudgetError(
+            f"{processor.name} has {budget} bytes for zinfer, but {what}: the smallest {key} that works is "
+            f"{needed + processor.overhead} bytes",
+            needed + processor.overhead,
+        )
+    drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
+    try:
+        if kv_offload:
+            try:
+                return place_on_tiers(
+                    footprints, budget - small, host - parts.budget // CACHE_SHARE, drive=drive
+                )
+            except BudgetError as error:
+                host = min(host, error.smallest or host)  # caches get what is left
+        return place_on_tiers(footprints, budget - small, host, drive=drive)
+    except BudgetError as error:
+        needed = (error.smallest or 0) + parts.bounce
+        raise BudgetError(
+            f"the host's budget is {parts.budget} bytes, but offload={offload!r} needs {needed} there: raise "
+            f"max_memory['cpu'] to that, or {key}{_shortage(needed)}",
+            needed,
+        ) from error
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Move what is in memory already, such as buffers that a model computes, to where it computes."""
+    moved: dict[int, torch.Tensor] = {}
+    for owner, attribute, _, tensor, is_parameter in list(parameter_slots(model)):
+        if isinstance(tensor, SymbolicTensor) or tensor.device == device:
+            continue
+        if id(tensor) not in moved:
+            there = tensor.detach().to(device)
+            moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+        (owner._parameters if is_parameter else owner._buffers)[attribute] = moved[id(tensor)]  # type: ignore[assignment]
 
 
 def default_budget() -> int:
@@ -342,7 +511,7 @@ def _replay(provenance: Replayed, tensors: Iterator[torch.Tensor], device: torch
     return evaluate(provenance.expression, lambda node: leaves.get(id(node)), device)
 
 
-def _read_small(device: CpuDevice, small: Sequence[Held], allocated: bool) -> None:
+def _read_small(device: Device, small: Sequence[Held], allocated: bool) -> None:
     placements = [placed for item in small for placed in placements_of(item.provenance)]
     tensors = iter(device.read_together(placements, allocated=allocated))
     for item in small:
@@ -350,6 +519,7 @@ def _read_small(device: CpuDevice, small: Sequence[Held], allocated: bool) -> No
             value = next(tensors)
         else:
             value = _replay(item.provenance, tensors, device.torch_device)
+        value = value.to(device.torch_device)
         if item.slots[0].is_parameter:
             value = nn.Parameter(value, requires_grad=item.tensor.requires_grad)
         for slot in item.slots:

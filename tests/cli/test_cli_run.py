@@ -5,6 +5,7 @@ import os
 import pty
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import transformers
 import zinfer
 from tests.cli.conftest import BERT, T5, started
 from zinfer.cli import run as run_command
+from zinfer.device.staged import StagedProcessor
 
 BUDGET = "cpu=200KB"  # of 500 KB of weights: most of them stream
 PROMPT = "Once upon a time"
@@ -69,6 +71,23 @@ def test_every_offload_says_the_same(offload, llama, command):
         command("run", llama, "--prompt", PROMPT, "--max-new-tokens", "8", "--offload", offload)[1]
         == text + "\n"
     )
+
+
+def test_caches_in_host_memory_say_the_same(llama, command, monkeypatch, tmp_path):
+    _, text = expected_ids(llama, PROMPT, 8)
+    monkeypatch.setattr(sys.modules["zinfer.run"], "processor_for", lambda *_, **__: StagedProcessor(1 << 30))
+    path = tmp_path / "report.json"
+    arguments = ("--max-new-tokens", "8", "--kv-offload", "cpu", "--json", str(path))
+    status, out, _ = command("run", llama, "--prompt", PROMPT, *arguments)
+    assert (status, out) == (0, text + "\n")
+    assert json.loads(path.read_text())["report"]["device"]["name"] == "staged"
+
+
+def test_caches_in_host_memory_need_a_device(llama, command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = command("run", llama, "--prompt", PROMPT, "--kv-offload", "cpu")
+    assert (status, out) == (2, "")
+    assert "kv_offload='cpu' has no effect where the CPU computes" in err
 
 
 def test_sampling_repeats_with_its_seed(llama, command):

@@ -148,7 +148,7 @@ def test_reads_that_ended_do_not_pile_up():
 
 def test_copies_to_a_device_have_a_row_of_their_own():
     recorder = Recorder()
-    recorder.copied("a", 100, 1.0, 2.0)
+    recorder.copying("a", FakeTiming(1.0, 2.0, 100))
     (copy,) = spans(recorder, COPIES)
     assert (copy.name, copy.nbytes, copy.end - copy.start) == ("a", 100, 1.0)
 

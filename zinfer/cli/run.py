@@ -60,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-memory", action="append", type=memory, default=[], metavar="cpu=SIZE",
         help="ceiling on weights, buffers and caches, such as cpu=3GiB; default: what is free",
     )  # fmt: skip
+    place.add_argument(
+        "--kv-offload", choices=("cpu",),
+        help="keep key-value caches in host memory and bring them to the device layer by layer",
+    )  # fmt: skip
     place.add_argument("--dtype", default="auto", help="bfloat16, float32 ...; default: the checkpoint's")
     place.add_argument("--revision", help="branch, tag or commit of a hub id")
     place.add_argument(
@@ -115,6 +119,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         progress=arguments.progress,
         trust_remote_code=trust,
         timeline=arguments.timeline is not None,
+        kv_offload=arguments.kv_offload,
     )
     with model:
         streamer, seconds = _generate(model, prompt, arguments, terminal)

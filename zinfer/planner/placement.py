@@ -59,14 +59,15 @@ class Placement:
         return self.resident_bytes + self.window_bytes + self.transient_bytes
 
 
-def place(weights: Sequence[Footprint], available: int, rows: int = 1) -> Placement:
+def place(weights: Sequence[Footprint], available: int, rows: int = 1, *, through: int = 0) -> Placement:
     """The placement with the fastest sweep within `available` bytes; `weights` are in operator order.
 
     `rows`: sequences that each sweep computes. The more there are, the longer operators compute and the larger a window
     pays: what it takes from the residents is read while there is time.
-    Raises BudgetError with the smallest number of bytes that works.
+    The window has `through` bytes at least, for others that pass. Raises BudgetError with the smallest number of bytes
+    that works.
     """
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     transient = max((w.transient for w in weights), default=0)
     room = available - transient
     order, by_size = _streamable(weights)
@@ -96,7 +97,8 @@ def place(weights: Sequence[Footprint], available: int, rows: int = 1) -> Placem
         # A window is worth more than it looks on paper, where a drive is always as fast as the last time.
         near = [option for option, cost in zip(options, costs, strict=True) if cost <= AS_GOOD * best]
         return max(near, key=lambda option: option.window_bytes)
-    raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+    least = smallest(weights, through)
+    raise BudgetError(f"{available} bytes for weights are too few, {least} would do", least)
 
 
 def divided(weights: Sequence[Footprint], first: Placement, within: int, rows: int = 1) -> Placement:
@@ -145,9 +147,9 @@ def _streams_through(window: int, weight: Footprint) -> bool:
     return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 
-def smallest(weights: Sequence[Footprint]) -> int:
+def smallest(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which `place` finds a placement."""
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     _, by_size = _streamable(weights)
     kept, options = 0, [sum(w.resident for w in weights) + converted]
     for i in by_size:
@@ -157,15 +159,15 @@ def smallest(weights: Sequence[Footprint]) -> int:
     return min(options) + max((w.transient for w in weights), default=0)
 
 
-def all_resident(weights: Sequence[Footprint]) -> int:
+def all_resident(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which every weight, embeddings included, is resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted, _ = _window_floors(weights, through)
     return sum(w.resident for w in weights) + converted + max((w.transient for w in weights), default=0)
 
 
-def _window_floors(weights: Sequence[Footprint]) -> tuple[int, int]:
+def _window_floors(weights: Sequence[Footprint], through: int) -> tuple[int, int]:
     """The least window with everything resident, and with only what operators ask for in full resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted = max([through, *(w.window for w in weights if w.transient)])
     tables = (w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW)
     return converted, max(converted, max(tables, default=0))
 

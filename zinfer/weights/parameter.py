@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 from zinfer.errors import ReadOnlyError, ZinferError
 from zinfer.weights.weight import Weight
 
+CPU = torch.device("cpu")
+
 
 class WeightSource(Protocol):
     """What a streamed parameter asks for its bytes; the coordinator implements it."""
@@ -47,14 +49,16 @@ class StreamedParameter(torch.Tensor):
     _is_param: bool
 
     @staticmethod
-    def __new__(cls: type[StreamedParameter], weight: Weight, source: WeightSource) -> StreamedParameter:
-        """A parameter that stands for `weight` and gets its bytes from `source`."""
+    def __new__(
+        cls: type[StreamedParameter], weight: Weight, source: WeightSource, device: torch.device = CPU
+    ) -> StreamedParameter:
+        """A parameter that stands for `weight` and gets its bytes, on `device`, from `source`."""
         parameter: StreamedParameter = torch.Tensor._make_wrapper_subclass(
             cls,
             weight.shape,
             strides=weight.stride,
             dtype=weight.dtype,
-            device=torch.device("cpu"),
+            device=device,
             requires_grad=weight.requires_grad,
         )
         parameter.weight = weight
@@ -72,7 +76,7 @@ class StreamedParameter(torch.Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
-        return memo.setdefault(id(self), StreamedParameter(self.weight, self.source))
+        return memo.setdefault(id(self), StreamedParameter(self.weight, self.source, self.device))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ZinferError(
@@ -114,7 +118,7 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
     if kwargs or (name.endswith("_") and not name.endswith("__")):
         _refuse_to_write(name, args, kwargs)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _without_autocast_cache(func, args, kwargs)
     if not kwargs and not torch.is_grad_enabled():
         out = func(*_real(args))
@@ -263,7 +267,7 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if weight.resident is not None or weight.row_source is None:
         return F.embedding(_real(ids), _whole(parameter))
     if not ids.numel():
-        return torch.empty((*ids.shape, *weight.shape[1:]), dtype=weight.dtype)
+        return torch.empty((*ids.shape, *weight.shape[1:]), dtype=weight.dtype, device=ids.device)
     distinct, positions = torch.unique(_real(ids), return_inverse=True)
     rows = distinct.tolist()
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:

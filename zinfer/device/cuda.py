@@ -1,0 +1,200 @@
+"""A GPU, through torch's streams and events; ROCm's too, which torch calls cuda."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zinfer.device.processor import ALIGNMENT, POISON, Event
+from zinfer.errors import BudgetError
+
+MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
+WORKSPACE = 64 << 20  # bytes that cuBLAS allocates for itself, through torch, a stream
+URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
+
+
+class CudaEvent:
+    """See Event. `origin`: an event and the moment it was reached, to tell times by; None: no times are kept."""
+
+    def __init__(self, origin: tuple[torch.cuda.Event, float] | None, transferred: int | None = None) -> None:
+        self.transferred = transferred
+        self._origin = origin
+        timed = origin is not None
+        self.begun = torch.cuda.Event(enable_timing=True) if timed else None
+        self.event = torch.cuda.Event(enable_timing=timed, blocking=True)  # whoever waits sleeps
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been reached."""
+        return self.event.query()
+
+    def wait(self) -> None:
+        """Block the calling thread until it has been reached."""
+        self.event.synchronize()
+
+    @property
+    def started(self) -> float | None:
+        """When the copy that ends with it began, where times are kept."""
+        return self._moment(self.begun)
+
+    @property
+    def finished(self) -> float | None:
+        """When it was reached, where times are kept."""
+        return self._moment(self.event)
+
+    def _moment(self, event: torch.cuda.Event | None) -> float | None:
+        if self._origin is None or event is None or not self.done:
+            return None
+        origin, at = self._origin
+        return at + origin.elapsed_time(event) / 1e3
+
+
+class CudaProcessor:
+    """The GPU `device`. `timed`: events tell when copies ran, which costs microseconds each.
+
+    `poison`, for tests: memory that was given back is overwritten as soon as the operators that it was given to have
+    run, so that one which still read it would compute nonsense.
+    """
+
+    page_locks = True
+    keeps_residue = False
+
+    def __init__(self, device: torch.device, *, timed: bool = False, poison: bool = False) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.torch_device = torch.device(device.type, index)
+        self.name = f"{self.torch_device} ({torch.cuda.get_device_name(index)})"
+        self.overhead = self._measured_overhead()
+        self._streams = {
+            True: torch.cuda.Stream(self.torch_device, priority=URGENT_PRIORITY),
+            False: torch.cuda.Stream(self.torch_device),
+        }
+        # Of its own: a copy behind it in line would wait for operators that have nothing to do with it.
+        self._poisoning = torch.cuda.Stream(self.torch_device) if poison else None
+        self._caches = {back: torch.cuda.Stream(self.torch_device) for back in (False, True)}
+        self._origin: tuple[torch.cuda.Event, float] | None = None
+        if timed:
+            origin = torch.cuda.Event(enable_timing=True)
+            origin.record(self._streams[False])
+            origin.synchronize()
+            self._origin = origin, time.perf_counter()
+
+    def _measured_overhead(self) -> int:
+        """What the driver says is used and torch did not allocate, once a kernel of cuBLAS has run."""
+        probe = torch.ones(64, 64, device=self.torch_device)
+        torch.mm(probe, probe)
+        torch.cuda.synchronize(self.torch_device)
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        outside = total - free - torch.cuda.memory_reserved(self.torch_device)
+        return min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE  # others' memory counts in `outside` too
+
+    def memory(self) -> tuple[int, int]:
+        """See Processor. What torch's allocator holds without using it counts as free."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        idle = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + idle, total
+
+    def limit(self, nbytes: int | None) -> None:
+        """See Processor: of what torch allocates, whoever asks for it; cuBLAS's workspace besides."""
+        total = torch.cuda.mem_get_info(self.torch_device)[1]
+        share = 1.0 if nbytes is None else min(1.0, (nbytes + WORKSPACE) / total)
+        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+
+    def block(self, nbytes: int) -> torch.Tensor:
+        """See Processor."""
+        try:
+            with torch.inference_mode(False):
+                block = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            free = self.memory()[0]
+            raise BudgetError(
+                f"{self.name} has {free} bytes free, and {nbytes} are asked for: end what else uses it, or lower "
+                f"max_memory[{self.torch_device.index}]"
+            ) from error
+        # torch's allocator waits for them before it gives the memory away
+        for stream in (*self._streams.values(), *self._caches.values(), self._poisoning):
+            if stream is not None:
+                block.record_stream(stream)
+        assert block.data_ptr() % ALIGNMENT == 0
+        return block
+
+    def over(self, block: torch.Tensor, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
+        """See Processor."""
+        owner = _Owner(block, start, nbytes)
+        with torch.inference_mode(False):
+            return torch.as_tensor(owner, device=self.torch_device), owner
+
+    def stream(self) -> torch.cuda.Stream:
+        """See Processor."""
+        return torch.cuda.current_stream(self.torch_device)
+
+    def copy(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, urgent: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, self._streams[urgent])
+
+    def copy_cache(
+        self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, back: bool
+    ) -> Event:
+        """See Processor."""
+        return self._start(moves, after, self._caches[back])
+
+    def _start(
+        self,
+        moves: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[Event],
+        stream: torch.cuda.Stream,
+    ) -> Event:
+        end = CudaEvent(self._origin, sum(source.nbytes for _, source in moves))
+        with torch.cuda.stream(stream):
+            for earlier in after:
+                self.follow(earlier)
+            if end.begun is not None:
+                end.begun.record(stream)
+            for target, source in moves:
+                target.copy_(source, non_blocking=True)
+            end.event.record(stream)
+        return end
+
+    def follow(self, event: Event) -> None:
+        """See Processor."""
+        assert isinstance(event, CudaEvent)
+        self.stream().wait_event(event.event)
+
+    def fence(self, stream: Any) -> Event:
+        """See Processor."""
+        end = CudaEvent(None)
+        end.event.record(stream)
+        return end
+
+    def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
+        """See Processor."""
+        fences = [self.fence(stream) for stream in streams]
+        if self._poisoning is None or not fences:
+            return fences
+        with torch.cuda.stream(self._poisoning):
+            for fence in fences:
+                self.follow(fence)
+            block[start : start + nbytes].fill_(POISON)
+        return [self.fence(self._poisoning)]
+
+    def close(self) -> None:
+        """See Processor: its streams end with it."""
+
+
+class _Owner:
+    """Bytes of a block, as torch takes memory from others: it holds this object as long as it uses them."""
+
+    def __init__(self, block: torch.Tensor, start: int, nbytes: int) -> None:
+        self._block = block
+        # https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (block.data_ptr() + start, False),
+            "strides": None,
+            "version": 3,
+        }

@@ -1,0 +1,99 @@
+"""What the coordinator asks of a device and of a weight on its way to it; CpuDevice and AttachedDevice are devices."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from zinfer.aio.drives import Drives
+from zinfer.errors import BudgetError
+from zinfer.pinned import Pool
+from zinfer.timeline.tally import Tally
+from zinfer.weights.lowering import Placed
+from zinfer.weights.weight import Weight
+
+
+class Fetching(Protocol):
+    """A weight on its way: see Fetch and LiftedFetch."""
+
+    weight: Weight
+    settles: bool
+    generation: int
+
+    @property
+    def lifted(self) -> bool:
+        """Whether it has room all the way to where it is computed with."""
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether a window has room when it is dropped."""
+
+    @property
+    def done(self) -> bool:
+        """Whether wait() would return, or raise, at once."""
+
+    def wait(self) -> torch.Tensor:
+        """The tensor. Raises DriveError or CheckpointChangedError."""
+
+
+class Device(Protocol):
+    """Where a model computes, and the memory that its weights pass through. Any thread may call any method."""
+
+    torch_device: torch.device
+    name: str
+    tally: Tally
+    drives: Drives
+    generation: int
+    on_room: weakref.WeakMethod[Callable[[], None]] | None
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Mappings in host memory that weights lie in."""
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of weights that can be on their way at once; 0 where nothing streams."""
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the window, where operators compute, that hold a weight or are being filled."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of weights that stay in host memory and are copied from there at each use."""
+
+    def in_place(self, weight: Weight) -> bool:
+        """Whether a fetch of `weight` takes no room in the window that is read into."""
+
+    def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Any:
+        """Begin to fetch `weight`, or None when there is no room for it within `timeout` seconds."""
+
+    def bring(self, weight: Weight) -> bool:
+        """Read `weight` to where it stays in host memory, if it is to be copied from there; whether it is."""
+
+    def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
+        """Find room for `fetch` where operators compute; whether there was any within `timeout` seconds."""
+
+    def shortage(self, weight: Weight) -> BudgetError:
+        """What to raise where `weight` waited for room in vain."""
+
+    def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """Rows (ascending, distinct) of a weight with a row source, in a tensor of their own."""
+
+    def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
+        """Small tensors, read at once."""
+
+    def release(self, weight: Weight) -> None:
+        """`weight` is to be resident no more."""
+
+    def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
+        """Divide the memory anew: see CpuDevice and AttachedDevice."""
+
+    def hurry(self) -> None:
+        """Nobody waits for a first token any more."""
+
+    def close(self) -> None:
+        """Drain every read and copy, and give the memory back as soon as the last tensor on it dies."""
