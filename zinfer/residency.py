@@ -158,8 +158,12 @@ class Residency:
             self._keep(residents, self._returning(residents, within - fixed, spare))
 
     def _other_window(self, rows: int, within: int) -> Placement | None:
-        """A placement for passes of `rows` sequences, if it has another window and nothing would be read twice."""
-        if rows <= self._rows or len(self._coming) > 1 or self._streaming.loaded:
+        """A placement for passes of `rows` sequences, if it has another window and nothing would be read twice.
+
+        Only where a CPU computes: another device takes much more of them to compute longer than it copies.
+        """
+        other = self._streaming.host is not None
+        if other or rows <= self._rows or len(self._coming) > 1 or self._streaming.loaded:
             return None
         self._rows = rows
         wanted = place(self._streaming.footprints, within, rows)

@@ -45,8 +45,9 @@ class Runtime:
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
-        # In "cpu" and "none" every weight stays, whatever else takes memory: that is what was asked for.
-        self._residency = Residency(model, streaming) if offload in ("auto", "nvme") else None
+        # Of "none", and of "cpu" on a CPU, every weight stays, whatever else takes memory: that is what was asked for.
+        streams = offload in ("auto", "nvme") or (offload == "cpu" and streaming.host is not None)
+        self._residency = Residency(model, streaming) if streams else None
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
@@ -234,6 +235,7 @@ class Runtime:
         Raises ClosedError after close(), and what Residency.before and CachesOnHost.before raise.
         """
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        self._streaming.coordinator.device.enter()
         if self.caches is not None:
             kwargs = self.caches.before(args, kwargs)
         if self._residency is not None:
@@ -278,7 +280,8 @@ class Runtime:
         return (steady.rate * steady.wall_seconds / busy if steady.rate and busy > 0 else None), "engine"
 
     def _fallbacks(self) -> tuple[str, ...]:
-        drives = self._streaming.coordinator.device.drives
+        device = self._streaming.coordinator.device
+        drives = device.drives
         notes = [f"{backend} not used: {reason}" for backend, reason in drives.fallbacks]
         reasons = dict.fromkeys(file.direct_reason for file in drives.files.values() if not file.direct)
-        return (*notes, *(f"O_DIRECT not used: {reason}" for reason in reasons))
+        return (*notes, *(f"O_DIRECT not used: {reason}" for reason in reasons), *device.fallbacks)

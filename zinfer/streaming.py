@@ -308,6 +308,7 @@ def _open_attached(
         tiers.host_window,
         tiers.device_window,
         parts.bounce,
+        spare=_spare(parts, tiers, target),
         recorder=recorder,
     )
     placement = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
@@ -330,6 +331,12 @@ def _open_attached(
         bounce=parts.bounce,
     )
     return Opened(device, placement, on_device, on_host)
+
+
+def _spare(parts: Parts, tiers: Tiers, target: Target) -> int:
+    """Bytes of the host's budget for weights that have to leave the device; none where caches are to have them."""
+    planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
+    return 0 if target.kv_offload else max(parts.budget - planned, 0)
 
 
 def _device_budget(processor: Processor, ceiling: int | None) -> int:

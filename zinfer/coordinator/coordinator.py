@@ -283,7 +283,7 @@ class Coordinator:
                 else:
                     device.lift(fetch, POLL)
                 waits += 1
-                if waits in (1, 10):
+                if waits in (1, 10) and (fetch is None or not fetch.lifted):
                     gc.collect()
             if fetch is not None and fetch.lifted:
                 return fetch

@@ -42,11 +42,11 @@ class Lease:
 class Use:
     """What happens to a lease's memory; outlives the lease and holds nothing of it."""
 
-    def __init__(self, start: int, nbytes: int) -> None:
+    def __init__(self, start: int, nbytes: int, streams: list[Any]) -> None:
         self.start = start
         self.nbytes = nbytes
         self.events: list[Event] = []
-        self.streams: list[Any] = []
+        self.streams = streams
 
 
 class Arena:
@@ -54,11 +54,13 @@ class Arena:
 
     A lease returns when the last tensor on it dies, on whatever thread that happens, also inside a method here; the
     device may still work with it then, so that the next copy into any byte of it waits for what it had been given.
+    `streams`, which may grow: those that operators use any lease on, where nobody will tell which.
     """
 
-    def __init__(self, processor: Processor, capacity: int) -> None:
+    def __init__(self, processor: Processor, capacity: int, streams: list[Any] | None = None) -> None:
         self.capacity = round_up(capacity, ALIGNMENT)
         self._processor = processor
+        self._streams = streams
         self._block = processor.block(self.capacity) if capacity else None
         self._runs = Runs(self.capacity)
         self._lock = threading.RLock()
@@ -102,9 +104,9 @@ class Arena:
         end = start + wanted
         after = [event for a, b, events in self._pending if a < end and start < b for event in events]
         tensor, owner = self._processor.over(self._block, start, nbytes)
-        use = Use(start, wanted)
+        use = Use(start, wanted, [] if self._streams is None else self._streams)
         # Not weakref.finalize: that would run at the interpreter's end too.
-        watch = weakref.ref(owner, partial(_died, weakref.ref(self), use, self._block))
+        watch = weakref.ref(owner, partial(_died, weakref.ref(self), self._processor, use, self._block))
         self._watching[id(watch)] = watch
         return Lease(tensor, use, after)
 
@@ -117,13 +119,19 @@ class Arena:
         live = [(a, b, [event for event in events if not event.done]) for a, b, events in self._pending]
         self._pending = [entry for entry in live if entry[2]]
 
-    def _owner_died(self, use: Use, block: Any, watch: weakref.ref[Any]) -> None:
+    def _takes_back(self, use: Use, block: Any, watch: weakref.ref[Any]) -> bool:
+        """Note that the last tensor on `use` has died; False after close()."""
+        if self._block is None:
+            return False
         events = [*use.events, *self._processor.retire(block, use.start, use.nbytes, use.streams)]
         self._returned.append((use, id(watch), events))
         self._came.set()
+        return True
 
 
-def _died(arena: weakref.ref[Arena], use: Use, block: Any, watch: weakref.ref[Any]) -> None:
+def _died(
+    arena: weakref.ref[Arena], processor: Processor, use: Use, block: Any, watch: weakref.ref[Any]
+) -> None:
     owner = arena()
-    if owner is not None:
-        owner._owner_died(use, block, watch)
+    if owner is None or not owner._takes_back(use, block, watch):
+        processor.let_go(block, use.start, use.nbytes, use.streams)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +20,7 @@ from zinfer.device.host import Host, flagged, view_of
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.errors import BudgetError
+from zinfer.pinned import Pool
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.layout import Layout, lay_out_apart, placements_of
 from zinfer.weights.lowering import Placed
@@ -25,6 +28,8 @@ from zinfer.weights.symbolic import evaluate
 from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
+
+TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
 
 
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
@@ -38,6 +43,7 @@ class AttachedDevice(Host):
     Tiers: a weight that `wants_residence` comes to stay on the device; one in `on_host` stays in a page-locked place
     in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
     and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
+    A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
     Any thread may call any method.
     """
 
@@ -50,6 +56,7 @@ class AttachedDevice(Host):
         device_window: int,
         bounce: int,
         *,
+        spare: int = 0,
         recorder: Recorder | None = None,
     ) -> None:
         self.processor = processor
@@ -57,13 +64,16 @@ class AttachedDevice(Host):
         self.name = processor.name
         self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
         self._layouts: dict[Weight, Layout] = {}
+        self._spare = Spare(spare)
+        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device, and a place for each
+        self._streams: list[Any] = []  # that operators run on, as far as is known
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
         super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
-            self._warn_of_pageable_memory()
             self._arena = Arena(processor, device_window) if device_window else None
+            self._warn_of_pageable_memory()
             self._copies = Copies(partial(_tell, weakref.ref(self)))
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
@@ -74,12 +84,35 @@ class AttachedDevice(Host):
     def _warn_of_pageable_memory(self) -> None:
         if not self.processor.page_locks:
             return
-        for reason in {pool.page_lock_reason for pool in self.pools if not pool.page_locked}:
-            logger.warning(
-                "host memory could not be page-locked (%s): copies to %s are slower and block a thread",
-                reason,
-                self.processor.name,
-            )
+        reasons = {pool.page_lock_reason for pool in self.pools if not pool.page_locked}
+        if not reasons:
+            return
+        rate = self._copy_rate()
+        cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
+        for reason in sorted(reasons):
+            note = f"host memory is not page-locked ({reason}): copies are slower{cost}, and block a thread"
+            logger.warning("%s: %s", self.processor.name, note)
+            self.fallbacks.append(note)
+
+    def _copy_rate(self) -> float | None:
+        """Bytes a second from the host's window to the device's, as they are; None without windows."""
+        if self.window is None or self._arena is None:
+            return None
+        nbytes = min(TRIAL_BYTES, self.window.capacity, self._arena.capacity)
+        memory, lease = self.window.acquire(nbytes), self._arena.acquire(nbytes)
+        assert memory is not None and lease is not None
+        source = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+        rates = []
+        for _ in range(TRIALS):
+            started = time.perf_counter()
+            self.processor.copy([(lease.bytes, source)], lease.after, urgent=True).wait()
+            rates.append(nbytes / (time.perf_counter() - started))
+        return max(rates)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """As Host.pools."""
+        return [*super().pools, *(pool for pool in list(self._moved.values()) if pool.base_address)]
 
     @property
     def ahead_bytes(self) -> int:
@@ -110,10 +143,26 @@ class AttachedDevice(Host):
         if self._arena is not None:
             self._arena.close()
         self._kept.clear()
+        for pool in self._moved.values():
+            pool.close()
+        self._moved.clear()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
-        """Nothing: a resident's memory on the device is its own, and goes back with the last tensor on it."""
+        """Find `weight` a place in host memory. That on the device is its own, and goes with the last tensor on it."""
+        if self.in_place(weight) or not self._spare.take(weight.layout.nbytes):
+            return
+        try:
+            self._moved[weight] = Pool(weight.layout.nbytes, page_lock=self._page_lock)
+        except BudgetError as error:
+            self._spare.give(weight.layout.nbytes)
+            logger.warning("%r will stream from the drive: %s", weight.name, error)
+
+    def enter(self) -> None:
+        """The calling thread runs operators from now on."""
+        stream = self.processor.stream()
+        if stream not in self._streams:
+            self._streams.append(stream)
 
     def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
         """Give the device's window back and take another one. Nobody may use it; the host's memory stays as it is."""
@@ -125,7 +174,7 @@ class AttachedDevice(Host):
 
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
-        return self.residents is not None and self.residents.has(weight)
+        return weight in self._moved or (self.residents is not None and self.residents.has(weight))
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> LiftedFetch | None:
         """Begin to bring `weight` to the device, or None when the host's window has no room within `timeout`.
@@ -133,23 +182,20 @@ class AttachedDevice(Host):
         The fetch goes on to the device once `lift` has found room for it there.
         """
         generation, in_place = self.generation, self.in_place(weight)
+        returns = weight.wants_residence and weight in self._moved
         memory, request = self._kept.get(weight), None
         if memory is None:
-            if in_place:
-                assert self.residents is not None
-                memory, address = self.residents.take(weight)
-            else:
-                memory = self.window_room(weight, timeout)
-                if memory is None:
-                    return None
-                address = memory.address
+            place = self._place(weight, timeout)
+            if place is None:
+                return None
+            memory, address = place
             request = self.read(weight.layout, memory, address, urgent)
             self.note(request, weight.name, "demand" if urgent else "prefetch")
         fetch = LiftedFetch(
             weight,
             request,
             memory,
-            partial(self._start_copy, weight, in_place and request is not None),
+            partial(self._start_copy, weight, in_place and not returns and request is not None),
             partial(self._tensor_of, weight),
             self._follow,
             in_place=in_place,
@@ -157,14 +203,33 @@ class AttachedDevice(Host):
             generation=generation,
         )
         weight.fetch = weakref.ref(fetch)
+        if returns:
+            self._return(weight)
         return fetch
+
+    def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
+        """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
+        if weight not in self._moved and self.in_place(weight):
+            assert self.residents is not None
+            return self.residents.take(weight)
+        moved = self._moved.get(weight)
+        memory = (
+            self.window_room(weight, timeout)
+            if moved is None
+            else moved.acquire(weight.layout.nbytes, timeout)
+        )
+        return None if memory is None else (memory, memory.address)
+
+    def _return(self, weight: Weight) -> None:
+        """`weight` is on its way back to the device: its place on the host goes once it has been copied."""
+        self._kept.pop(weight, None)
+        weakref.finalize(self._moved.pop(weight), self._spare.give, weight.layout.nbytes).atexit = False
 
     def bring(self, weight: Weight) -> bool:
         """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
-        if not self.in_place(weight) or weight.wants_residence:
+        if self.residents is None or not self.residents.has(weight) or weight.wants_residence:
             return False
         if weight not in self._kept:
-            assert self.residents is not None
             memory, address = self.residents.take(weight)
             request = self.read(weight.layout, memory, address, urgent=True)
             self.note(request, weight.name, "demand")
@@ -184,9 +249,9 @@ class AttachedDevice(Host):
             nbytes = self._layout(weight).nbytes
             lease = self._own_memory(nbytes) if fetch.settles else None
             if fetch.settles and lease is None:
-                logger.warning(
-                    "%s is short of memory: %r streams from now on", self.processor.name, weight.name
-                )
+                note = f"{self.processor.name} was short of memory: {weight.name!r} streams from then on"
+                logger.warning(note)
+                self.fallbacks.append(note)
                 weight.wants_residence = fetch.settles = False
             if lease is None:
                 arena = self._arena
@@ -207,7 +272,7 @@ class AttachedDevice(Host):
     def _own_memory(self, nbytes: int) -> Lease | None:
         """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
         try:
-            own = Arena(self.processor, nbytes)
+            own = Arena(self.processor, nbytes, self._streams)
         except BudgetError:
             return None
         lease = own.acquire(nbytes)
@@ -280,6 +345,7 @@ class AttachedDevice(Host):
 
     def _follow(self, event: Event, lease: Lease) -> None:
         self.processor.follow(event)
+        self.enter()
         lease.used_on(self.processor.stream())
 
     def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
@@ -296,6 +362,27 @@ class AttachedDevice(Host):
             leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
             value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
             return flagged(value, weight.requires_grad), self.processor.fence(self.processor.stream())
+
+
+class Spare:
+    """Bytes of the host's budget that nothing has been planned for. Any thread may call any method."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left = nbytes
+        self._lock = threading.RLock()  # a finalizer may call give() inside a method here
+
+    def take(self, nbytes: int) -> bool:
+        """Take them, if they are there."""
+        with self._lock:
+            if nbytes > self._left:
+                return False
+            self._left -= nbytes
+            return True
+
+    def give(self, nbytes: int) -> None:
+        """Give them back."""
+        with self._lock:
+            self._left += nbytes
 
 
 def _tensor(memory: torch.Tensor, start: int, placed: Placed) -> torch.Tensor:

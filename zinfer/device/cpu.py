@@ -89,6 +89,9 @@ class CpuDevice(Host):
             f"caller); raise max_memory['cpu'] by {weight.layout.nbytes} bytes"
         )
 
+    def enter(self) -> None:
+        """Nothing: operators have run when they return."""
+
     def bring(self, weight: Weight) -> bool:
         """False: what stays in host memory is resident."""
         return False

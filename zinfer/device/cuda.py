@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from zinfer.errors import BudgetError
 
 MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
 WORKSPACE = 64 << 20  # bytes that cuBLAS allocates for itself, through torch, a stream
+_limits: dict[int, dict[int, int]] = {}  # of each device, bytes for each processor that limits it
+_limits_lock = threading.Lock()
 URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
 
 
@@ -97,10 +100,19 @@ class CudaProcessor:
         return free + idle, total
 
     def limit(self, nbytes: int | None) -> None:
-        """See Processor: of what torch allocates, whoever asks for it; cuBLAS's workspace besides."""
-        total = torch.cuda.mem_get_info(self.torch_device)[1]
-        share = 1.0 if nbytes is None else min(1.0, (nbytes + WORKSPACE) / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        """See Processor: of what torch allocates, whoever asks for it; cuBLAS's workspace besides.
+
+        torch knows one limit a device: that is the sum over the models which compute there.
+        """
+        with _limits_lock:
+            limits = _limits.setdefault(self.torch_device.index, {})
+            if nbytes is None:
+                limits.pop(id(self), None)
+            else:
+                limits[id(self)] = nbytes
+            total = torch.cuda.mem_get_info(self.torch_device)[1]
+            share = min(1.0, (sum(limits.values()) + WORKSPACE) / total) if limits else 1.0
+            torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
     def block(self, nbytes: int) -> torch.Tensor:
         """See Processor."""
@@ -181,8 +193,14 @@ class CudaProcessor:
             block[start : start + nbytes].fill_(POISON)
         return [self.fence(self._poisoning)]
 
+    def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
+        """See Processor. torch's allocator waits before it gives the memory to somebody else."""
+        for stream in streams:
+            block.record_stream(stream)
+
     def close(self) -> None:
         """See Processor: its streams end with it."""
+        self.limit(None)
 
 
 class _Owner:

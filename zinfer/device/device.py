@@ -45,6 +45,7 @@ class Device(Protocol):
     torch_device: torch.device
     name: str
     tally: Tally
+    fallbacks: list[str]
     drives: Drives
     generation: int
     on_room: weakref.WeakMethod[Callable[[], None]] | None
@@ -91,6 +92,9 @@ class Device(Protocol):
 
     def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
         """Divide the memory anew: see CpuDevice and AttachedDevice."""
+
+    def enter(self) -> None:
+        """The calling thread runs operators from now on."""
 
     def hurry(self) -> None:
         """Nobody waits for a first token any more."""

@@ -56,6 +56,7 @@ class Host:
         recorder: Recorder | None = None,
     ) -> None:
         self.tally = Tally()
+        self.fallbacks: list[str] = []  # what does not run as it should, for the report
         self.on_room: weakref.WeakMethod[Callable[[], None]] | None = (
             None  # called when a device gave room back
         )

@@ -18,7 +18,7 @@ class LiftedFetch:
 
         reading --landed--> in host memory, and once it has a lease --issue()--> copying --> `tensor` made
 
-    Nothing here waits for a copy: the stream of whoever calls wait() does. Dropping a LiftedFetch that is still
+    Nothing here waits for a copy, but of what is to stay: the stream of whoever calls wait() does. Dropping a LiftedFetch that is still
     reading cancels the read; one whose copy was started leaves the copy to run, into memory that nobody else gets
     before. Any thread may call any method. `in_place`: it reads to the place where it stays in host memory, or lies
     there, and takes no room in the host's window. `settles`: the tensor may stay on the device.
@@ -82,6 +82,7 @@ class LiftedFetch:
     def wait(self) -> torch.Tensor:
         """The tensor, which what the calling thread's stream is given from now on can read.
 
+        One that is to stay is there when this returns: other streams will be given it, which know nothing of the copy.
         Raises DriveError or CheckpointChangedError.
         """
         self.landed(None)
@@ -92,5 +93,8 @@ class LiftedFetch:
             self._follow(event, lease)
             if self._tensor is None:
                 self._tensor, made = self._finish(lease)
-                self._event = made or event
-            return self._tensor
+                self._event = event = made or event
+            tensor = self._tensor
+        if self.settles:
+            event.wait()
+        return tensor

@@ -94,5 +94,8 @@ class Processor(Protocol):
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more."""
 
+    def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
+        """`block` is given up; these bytes stay what they are until all that `streams` were given has run."""
+
     def close(self) -> None:
-        """End its threads, if it has any."""
+        """End its threads, if it has any, and lift its limit."""

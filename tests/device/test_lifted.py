@@ -1,0 +1,152 @@
+"""A weight on its way to a device: what waits for what, and what is held how long."""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from tests import architectures
+from tests.device.test_arena import Gate
+from tests.streaming.test_attached import MEMORY, run_within
+from tests.streaming.test_exactness import IDS
+from zinfer.device.staged import StagedProcessor
+
+
+@pytest.fixture
+def folder(saved) -> str:
+    return str(saved("llama"))
+
+
+@pytest.fixture
+def total(folder) -> int:
+    return architectures.parameter_bytes(architectures.ALL["llama"][0].from_pretrained(folder))
+
+
+def streamed(model: Any) -> Any:
+    """A weight of the third layer that passes through the window."""
+    weights = model.zinfer._streaming.weights
+    return next(w for w in weights if ".1." in w.name and not w.wants_residence and not w.rows_only)
+
+
+def start(model: Any, weight: Any) -> Any:
+    device = model.zinfer._streaming.coordinator.device
+    fetch = device.start(weight, urgent=True)
+    assert fetch is not None and device.lift(fetch)
+    return fetch
+
+
+def test_copies_go_on_while_the_main_thread_is_blocked_in_python(folder, total, nothing_left):
+    done = []
+
+    def delay(kind: str) -> float:
+        done.append(kind)
+        return 0.0
+
+    processor = StagedProcessor(MEMORY, delay=delay)
+    with run_within(folder, processor, total // 2, 1, offload="nvme") as model:
+        model(IDS)
+        device = model.zinfer._streaming.coordinator.device
+        weight = streamed(model)
+        fetch = device.start(weight, urgent=False)
+        copied = len(done)
+        assert device.lift(fetch)
+        for _ in range(1000):  # no operator runs, nothing is asked for: only threads can get on
+            if len(done) > copied:
+                break
+            threading.Event().wait(0.01)
+        assert len(done) > copied, "the copy waits for somebody to ask"
+        assert fetch.wait().shape == weight.shape
+
+
+def test_host_memory_returns_when_its_copy_is_done_and_not_before(folder, total, nothing_left):
+    gate = Gate("ordinary", "urgent")
+    processor = StagedProcessor(MEMORY, delay=gate)
+    with run_within(folder, processor, total // 2, 1, offload="nvme") as model:
+        device = model.zinfer._streaming.coordinator.device
+        fetch = start(model, streamed(model))
+        assert fetch.landed(10)
+        fetch.issue(urgent=False)
+        del fetch
+        assert device.window.in_use > 0, "the copy's source was given away under it"
+        gate.let("ordinary")
+        gate.let("urgent")
+        for _ in range(1000):
+            if device.window.in_use == 0:
+                break
+            threading.Event().wait(0.01)
+        assert device.window.in_use == 0
+
+
+def test_what_is_to_stay_is_there_when_it_is_handed_out(folder, total, nothing_left):
+    gate = Gate("urgent")
+    processor = StagedProcessor(MEMORY, delay=gate)
+    processor.follow = lambda event: None  # type: ignore[method-assign]  # a stream would wait, not this thread
+    with run_within(folder, processor, 4 * total, 2 * total, offload="nvme") as model:
+        coordinator = model.zinfer._streaming.coordinator
+        weight = next(w for w in model.zinfer._streaming.weights if w.wants_residence)
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.append(coordinator.whole(weight)))
+        thread.start()
+        thread.join(0.2)
+        assert weight.resident is None and not got, (
+            "another stream could be given it before its bytes are there"
+        )
+        gate.let("urgent")
+        thread.join(10)
+        assert weight.resident is not None
+        reference = architectures.ALL["llama"][0].from_pretrained(folder)
+        assert torch.equal(got[0], dict(reference.named_parameters())[weight.name])
+
+
+def test_what_leaves_the_device_comes_from_host_memory_from_then_on(folder, total, nothing_left):
+    processor = StagedProcessor(MEMORY, check=True)
+    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
+    with run_within(folder, processor, int(total * 0.9), 4 * total, offload="nvme") as model:
+        ids = torch.arange(40).reshape(4, 10)
+        with torch.no_grad():
+            expected = reference(ids).logits
+            model(IDS[:1, :2])
+            stayed = {w.name for w in model.zinfer._streaming.weights if w.wants_residence}
+            cache = model(torch.arange(200).reshape(20, 10), use_cache=True).past_key_values
+            left = stayed - {w.name for w in model.zinfer._streaming.weights if w.wants_residence}
+            assert left, "nothing had to leave: the test proves nothing"
+            model(ids, use_cache=False)
+            read = model.zinfer.bytes_read
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+            assert model.zinfer.bytes_read == read, "the drive was asked though the host has room"
+            del cache
+            model(IDS[:1, :2], use_cache=False)
+            model(IDS[:1, :2], use_cache=False)
+            assert {w.name for w in model.zinfer._streaming.weights if w.wants_residence} == stayed
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert processor.races == []
+
+
+class Unlockable(StagedProcessor):
+    """Would have page-locked memory, which nobody gives it here."""
+
+    page_locks = True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be page-locked here")
+def test_memory_that_cannot_be_page_locked_is_told_with_what_it_costs(folder, total, caplog, nothing_left):
+    with run_within(folder, Unlockable(MEMORY), total // 2, 1, offload="nvme") as model:
+        (note,) = [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+        assert re.search(r"at [0-9.]+ GB/s here", note)
+        assert note in caplog.text
+        assert model(IDS).logits.isfinite().all()
+
+
+def test_a_resident_that_the_device_has_no_memory_for_streams_and_that_is_told(folder, total, nothing_left):
+    processor = StagedProcessor(MEMORY)
+    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
+    with run_within(folder, processor, int(total * 0.9), 2 * total, offload="nvme") as model:
+        processor.limit(processor.peak)  # another process takes the rest
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(model(IDS).logits, reference(IDS).logits)
+        assert any("short of memory" in line for line in model.zinfer.report().fallbacks)
