@@ -93,3 +93,41 @@ def test_a_repeated_sweep_is_predicted_where_pairs_tell_its_places_apart(sweep):
     trace = Trace("")
     run(trace, sweep * 3)
     assert follow(trace, sweep[-2], sweep[-1], 2 * len(sweep)) == sweep * 2
+
+
+def test_what_is_put_back_is_expected_where_it_was_first_met():
+    trace = Trace("")
+    run(trace, "abcdef" * 2)
+    run(trace, "adf" * 3, "e", "f")
+    assert follow(trace, "d", "f", 6) == "adfadf"
+    passed = set("bce")
+    for item in "ceb":  # in whatever order
+        passed.discard(item)
+        trace.put_back(item, passed.__contains__)
+    assert follow(trace, "d", "f", 12) == "abcdefabcdef"
+    assert trace.saw("f", "a") and trace.saw("a", "b")
+
+
+def test_what_is_expected_still_or_was_never_known_changes_nothing():
+    trace = Trace("abcd")
+    trace.put_back("c", {"b"}.__contains__)
+    trace.put_back("x", {"b"}.__contains__)
+    trace.put_back("b", set("abcd").__contains__)  # nothing is asked for that it could follow
+    assert follow(trace, None, "a", 5) == "bcdab"
+
+
+@given(st.permutations("abcdefgh"), st.sets(st.sampled_from("abcdefgh"), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_any_that_leave_in_any_order_are_expected_again(order, away):
+    trace = Trace("")
+    items = "abcdefgh"
+    run(trace, items * 2)
+    rest = "".join(item for item in items if item not in away)
+    run(trace, rest * 3, "g", "h")
+    passed = set(away)
+    for item in (item for item in order if item in away):
+        passed.discard(item)
+        trace.put_back(item, passed.__contains__)
+    at = items.index(rest[-1])
+    before = rest[-2] if len(rest) > 1 else rest[-1]
+    assert follow(trace, before, rest[-1], 8) == (items[at + 1 :] + items)[:8]

@@ -96,6 +96,15 @@ def test_many_sequences_get_a_window_of_their_own_before_anything_stays(of_matri
         check_device(model)
 
 
+def test_residents_that_leave_are_read_ahead_from_then_on(of_matrices):
+    with run(of_matrices, offload="nvme", max_memory={"cpu": 10_000_000}) as model:
+        decode(model, torch.arange(32).reshape(32, 1), 2)
+        stayed = wanted(model)
+        decode(model, torch.arange(32).reshape(32, 1), 10)
+        assert len(wanted(model)) < len(stayed) - 3
+        assert model.zinfer.report().misses == 1  # the very first
+
+
 def test_memory_is_not_divided_for_more_sequences_once_residents_are_read(of_matrices):
     with run(of_matrices, offload="nvme", max_memory={"cpu": 10_000_000}) as model:
         decode(model, IDS, 3)

@@ -156,6 +156,8 @@ class Coordinator:
                 if weight.resident is not None:
                     weight.resident = None
                     on_leave(weight)
+                    if not weight.rows_only:
+                        self._trace.put_back(weight, lambda other: other.resident is not None)
                 self.device.release(weight)
 
     def renew_memory(
