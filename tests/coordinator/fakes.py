@@ -125,7 +125,9 @@ class FakeDevice:
         return True
 
     def shortage(self, weight: Any) -> BudgetError:
-        return BudgetError(f"{weight.name!r} needs {weight.layout.nbytes} bytes of the window")
+        return BudgetError(
+            f"{weight.name!r} needs {weight.layout.nbytes} bytes, held by tensors still in use"
+        )
 
     def in_place(self, weight: Any) -> bool:
         return weight.wants_residence and weight.placed is not None and weight.name not in self.absent

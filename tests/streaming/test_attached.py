@@ -162,9 +162,11 @@ def test_offload_cpu_reads_nothing_once_loaded_and_none_keeps_all_on_the_device(
     total = architectures.parameter_bytes(architectures.ALL["llama"][0].from_pretrained(folder))
     processor = staged()
     model = run_within(folder, processor, total // 2, 2 * total, offload="cpu")
+    for _ in range(2):  # what caches push off the device is read once more, to host memory
+        model(IDS)
     before = model.zinfer.bytes_read
-    model(IDS)
-    model(IDS)
+    for _ in range(3):
+        model(IDS)
     assert model.zinfer.bytes_read == before
     finish(model, processor)
     processor = staged()

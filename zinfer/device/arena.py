@@ -15,6 +15,8 @@ from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.pinned.portable.runs import Runs
 from zinfer.weights.layout import round_up
 
+_watching: dict[int, weakref.ref[Any]] = {}  # the owners of what is leased, arenas that are gone included
+
 
 class Lease:
     """Memory on the device for one weight: `bytes` over it, and what the next holder has to wait for.
@@ -64,8 +66,7 @@ class Arena:
         self._block = processor.block(self.capacity) if capacity else None
         self._runs = Runs(self.capacity)
         self._lock = threading.RLock()
-        self._watching: dict[int, weakref.ref[Any]] = {}
-        self._returned: deque[tuple[Use, int, list[Event]]] = deque()  # by callbacks, which take no lock
+        self._returned: deque[tuple[Use, list[Event]]] = deque()  # by callbacks, which take no lock
         self._came = threading.Event()
         # Free, but the device may work with it still: at first, what had the memory before.
         self._pending: list[tuple[int, int, list[Event]]] = []
@@ -107,24 +108,23 @@ class Arena:
         use = Use(start, wanted, [] if self._streams is None else self._streams)
         # Not weakref.finalize: that would run at the interpreter's end too.
         watch = weakref.ref(owner, partial(_died, weakref.ref(self), self._processor, use, self._block))
-        self._watching[id(watch)] = watch
+        _watching[id(watch)] = watch
         return Lease(tensor, use, after)
 
     def _collect(self) -> None:
         while self._returned:
-            use, watch, events = self._returned.popleft()
-            self._watching.pop(watch, None)
+            use, events = self._returned.popleft()
             self._runs.give_back(use.start)
             self._pending.append((use.start, use.start + use.nbytes, events))
         live = [(a, b, [event for event in events if not event.done]) for a, b, events in self._pending]
         self._pending = [entry for entry in live if entry[2]]
 
-    def _takes_back(self, use: Use, block: Any, watch: weakref.ref[Any]) -> bool:
+    def _takes_back(self, use: Use, block: Any) -> bool:
         """Note that the last tensor on `use` has died; False after close()."""
         if self._block is None:
             return False
         events = [*use.events, *self._processor.retire(block, use.start, use.nbytes, use.streams)]
-        self._returned.append((use, id(watch), events))
+        self._returned.append((use, events))
         self._came.set()
         return True
 
@@ -132,6 +132,7 @@ class Arena:
 def _died(
     arena: weakref.ref[Arena], processor: Processor, use: Use, block: Any, watch: weakref.ref[Any]
 ) -> None:
+    _watching.pop(id(watch), None)
     owner = arena()
-    if owner is None or not owner._takes_back(use, block, watch):
+    if owner is None or not owner._takes_back(use, block):
         processor.let_go(block, use.start, use.nbytes, use.streams)

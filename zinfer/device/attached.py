@@ -29,6 +29,7 @@ from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
+PATIENCE = 10.0  # seconds to wait for a place that a dropped read may still have
 TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
 
 
@@ -227,10 +228,13 @@ class AttachedDevice(Host):
 
     def bring(self, weight: Weight) -> bool:
         """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
-        if self.residents is None or not self.residents.has(weight) or weight.wants_residence:
+        if not self.in_place(weight) or weight.wants_residence:
             return False
         if weight not in self._kept:
-            memory, address = self.residents.take(weight)
+            place = self._place(weight, PATIENCE)
+            if place is None:
+                return False
+            memory, address = place
             request = self.read(weight.layout, memory, address, urgent=True)
             self.note(request, weight.name, "demand")
             request.wait()
@@ -291,6 +295,8 @@ class AttachedDevice(Host):
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """As Host.read_rows, on the device."""
+        if weight in self._moved:
+            self.bring(weight)
         kept = self._kept.get(weight)
         placed = weight.placed
         if kept is not None and placed is not None:

@@ -18,10 +18,10 @@ class LiftedFetch:
 
         reading --landed--> in host memory, and once it has a lease --issue()--> copying --> `tensor` made
 
-    Nothing here waits for a copy, but of what is to stay: the stream of whoever calls wait() does. Dropping a LiftedFetch that is still
-    reading cancels the read; one whose copy was started leaves the copy to run, into memory that nobody else gets
-    before. Any thread may call any method. `in_place`: it reads to the place where it stays in host memory, or lies
-    there, and takes no room in the host's window. `settles`: the tensor may stay on the device.
+    Nothing here waits for a copy, but of what is to stay: the stream of whoever calls wait() does. Dropping a
+    LiftedFetch that is still reading cancels the read; one whose copy was started leaves the copy to run, into memory
+    that nobody else gets before. Any thread may call any method. `in_place`: it reads to the place where it stays in
+    host memory, or lies there, and takes no room in the host's window. `settles`: the tensor may stay on the device.
     """
 
     def __init__(
