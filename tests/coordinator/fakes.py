@@ -46,6 +46,7 @@ class FakeFetch:
         self.weight = weight
         self.in_place = self.settles = False
         self.generation = 0
+        self.patience = 1.0
         self._error = error
         self._ready = threading.Event()
         self._tensor: torch.Tensor | None = None

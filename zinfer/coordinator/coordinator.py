@@ -20,7 +20,6 @@ from zinfer.errors import ClosedError, ZinferError
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
-LONE_DEADLINE = 1.0  # the same where there are no other threads
 POLL = 0.1  # seconds the first in line waits for room before it looks at what else there is to drop
 TURN = 0.001  # seconds between the others' looks whether it is their turn
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
@@ -251,8 +250,8 @@ class Coordinator:
     def _make_room(self, weight: Weight, fetch: Fetching | None) -> Fetching:
         """Take room back from reads that are needed later, until `weight` can come all the way; start it if need be."""
         ticket = object()
-        alone = len(self._readers) == 1
-        deadline = time.monotonic() + (LONE_DEADLINE if alone else ROOM_DEADLINE)
+        patience = self.device.patience if len(self._readers) == 1 else ROOM_DEADLINE
+        deadline = time.monotonic() + patience
         try:  # before the ticket is in line: a Ctrl-C in between would leave it there for good
             with self._lock:
                 self._line.append(ticket)
@@ -268,6 +267,7 @@ class Coordinator:
         """`fetch`, or one started here, with room. All that comes free is the first one's, or large weights starve."""
         waits, device = 0, self.device
         while True:
+            late = time.monotonic() > deadline  # asked first: what comes free during the last wait is tried for
             with self._lock:
                 self.refuse_closed()
                 first = self._line[0] is ticket
@@ -289,7 +289,7 @@ class Coordinator:
                     gc.collect()
             if fetch is not None and fetch.lifted:
                 return fetch
-            if time.monotonic() > deadline:
+            if late:
                 raise device.shortage(weight)
 
     def _drop_one(self, weight: Weight) -> bool:

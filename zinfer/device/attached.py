@@ -29,7 +29,6 @@ from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
-PATIENCE = 10.0  # seconds to wait for a place that a dropped read may still have
 TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
 
 
@@ -47,6 +46,8 @@ class AttachedDevice(Host):
     A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
     Any thread may call any method.
     """
+
+    patience = 10.0  # copies and their threads give memory back, when they come to it
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class AttachedDevice(Host):
         if not self.in_place(weight) or weight.wants_residence:
             return False
         if weight not in self._kept:
-            place = self._place(weight, PATIENCE)
+            place = self._place(weight, self.patience)
             if place is None:
                 return False
             memory, address = place

@@ -23,6 +23,7 @@ class CpuDevice(Host):
     torch_device = torch.device("cpu")
     name = "cpu"
     kept_bytes = 0
+    patience = 1.0
 
     @property
     def ahead_bytes(self) -> int:

@@ -48,6 +48,7 @@ class Device(Protocol):
     fallbacks: list[str]
     drives: Drives
     generation: int
+    patience: float  # seconds that a thread alone waits for room: nobody else's operators give any back
     on_room: weakref.WeakMethod[Callable[[], None]] | None
 
     @property
