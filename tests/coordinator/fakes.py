@@ -46,7 +46,6 @@ class FakeFetch:
         self.weight = weight
         self.in_place = self.settles = False
         self.generation = 0
-        self.patience = 1.0
         self._error = error
         self._ready = threading.Event()
         self._tensor: torch.Tensor | None = None
@@ -106,6 +105,7 @@ class FakeDevice:
         self.closed = False
         self.tally = Tally()
         self.generation = 0
+        self.patience = 0.3
         self.absent: set[str] = set()  # residents whose place is not present yet
         self.on_room: weakref.WeakMethod[Callable[[], None]] | None = None
         self.on_start: Callable[[str], None] = lambda name: None
