@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from zinfer.budgets import HEADROOM, HEADROOM_SHARE, less_headroom
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.kv_cache import Pass, cache_growth
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
+from zinfer.parts import Held, Parts, gather, least_budget
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
@@ -22,16 +24,7 @@ from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
 from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import (
-    HEADROOM,
-    HEADROOM_SHARE,
-    Held,
-    Parts,
-    check_offload,
-    gather,
-    least_budget,
-    less_headroom,
-)
+from zinfer.streaming import check_offload
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
 from zinfer.wording import brief

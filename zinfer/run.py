@@ -19,12 +19,13 @@ from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
 from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
+from zinfer.opening import Target
 from zinfer.options import REFUSED, checked_dtype
 from zinfer.planner.memory import ceilings
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
-from zinfer.streaming import Streaming, Target, check_offload, stream
+from zinfer.streaming import Streaming, check_offload, stream
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
