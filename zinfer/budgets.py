@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
-from zinfer.parts import Held, Parts, least_budget
+from zinfer.parts import Held, Parts, PartsOnDevice, least_budget
 from zinfer.planner.memory import free_memory, total_memory
-from zinfer.planner.placement import Placement, all_resident, place, smallest
+from zinfer.planner.placement import Placement, place
 from zinfer.planner.tiers import Tiers, place_on_tiers
 
 logger = logging.getLogger("zinfer")
@@ -88,16 +88,14 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
 
 
 def tiers_within(
-    parts: Parts, offload: str, budget: int, small: int, processor: Processor, kv_offload: bool
+    parts: Parts, there: PartsOnDevice, offload: str, budget: int, processor: Processor, *, kv_offload: bool
 ) -> Tiers:
     """Where the weights go with a device of its own memory.
 
     Raises BudgetError with the budget that would do, of the tier that is too small.
     """
     key = f"max_memory[{processor.torch_device.index or 0}]"
-    footprints = parts.footprints
-    least = all_resident if offload == "none" else smallest
-    needed = small + (least(footprints) if footprints else 0)
+    needed = there.needed(offload)
     if needed > budget:
         what = (
             "offload='none' keeps the whole model on the device"
@@ -109,16 +107,8 @@ def tiers_within(
             f"{needed + processor.overhead} bytes",
             needed + processor.overhead,
         )
-    drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
     try:
-        if kv_offload:
-            try:
-                return place_on_tiers(
-                    footprints, budget - small, host - parts.budget // CACHE_SHARE, drive=drive
-                )
-            except BudgetError as error:
-                host = min(host, error.smallest or host)  # caches get what is left
-        return place_on_tiers(footprints, budget - small, host, drive=drive)
+        return divide_tiers(parts, there, offload, budget, kv_offload=kv_offload)
     except BudgetError as error:
         needed = (error.smallest or 0) + parts.bounce
         raise BudgetError(
@@ -126,6 +116,24 @@ def tiers_within(
             f"max_memory['cpu'] to that, or {key}{_shortage(needed)}",
             needed,
         ) from error
+
+
+def divide_tiers(
+    parts: Parts, there: PartsOnDevice, offload: str, budget: int, *, kv_offload: bool = False
+) -> Tiers:
+    """place_on_tiers with `budget` bytes of the device, and the host's budget of `parts`; small tensors come first.
+
+    Raises what that raises: with bytes for weights alone.
+    """
+    drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
+    on_device = budget - there.small_bytes
+    if kv_offload:
+        try:
+            kept = parts.budget // CACHE_SHARE
+            return place_on_tiers(there.footprints, on_device, host - kept, drive=drive)
+        except BudgetError as error:
+            host = min(host, error.smallest or host)  # caches get what is left
+    return place_on_tiers(there.footprints, on_device, host, drive=drive)
 
 
 def _shortage(needed: int) -> str:

@@ -9,11 +9,10 @@ from zinfer.budgets import device_budget, place_on_host, tiers_within
 from zinfer.device.attached import AttachedDevice
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.device import Device
-from zinfer.device.processor import ALIGNMENT, Processor
-from zinfer.parts import Account, Held, Parts
-from zinfer.planner.placement import Placement
+from zinfer.device.processor import Processor
+from zinfer.parts import Account, Held, Parts, PartsOnDevice
+from zinfer.planner.placement import Footprint, Placement
 from zinfer.timeline.recorder import Recorder
-from zinfer.weights.layout import round_up
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,10 @@ class Target:
 
 @dataclass
 class Opened:
-    """A device with memory for a model's weights, and how that is divided: see Streaming."""
+    """A device with memory for a model's weights, what each takes there, and how it is divided: see Streaming."""
 
     device: Device
+    footprints: list[Footprint]
     placement: Placement
     account: Account
     host: Account | None = None
@@ -60,7 +60,7 @@ def open_cpu(
         small=parts.small_bytes,
         bounce=parts.bounce,
     )
-    return Opened(device, placement, account)
+    return Opened(device, parts.footprints, placement, account)
 
 
 def open_attached(
@@ -74,8 +74,8 @@ def open_attached(
 ) -> Opened:
     """`processor`, with a tier of its own, one in host memory, and the drive. Raises BudgetError."""
     budget = device_budget(processor, target.device)
-    small = sum(round_up(item.nbytes, ALIGNMENT) for item in parts.small)
-    tiers = tiers_within(parts, offload, budget, small, processor, target.kv_offload)
+    there = PartsOnDevice(parts, processor.allocated)
+    tiers = tiers_within(parts, there, offload, budget, processor, kv_offload=target.kv_offload)
     for index in tiers.device:
         parts.weights[index].wants_residence = True
     processor.limit(budget)
@@ -95,7 +95,7 @@ def open_attached(
         residents=tiers.device_bytes,
         window=tiers.device_window,
         conversions=tiers.device_conversions,
-        small=small,
+        small=there.small_bytes,
         bounce=0,
     )
     on_host = Account(
@@ -107,4 +107,4 @@ def open_attached(
         small=0,
         bounce=parts.bounce,
     )
-    return Opened(device, placement, on_device, on_host)
+    return Opened(device, there.footprints, placement, on_device, on_host)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from zinfer.device.host import bounce_bytes
+from zinfer.device.processor import ALIGNMENT
 from zinfer.planner.placement import Footprint, all_resident, smallest
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
@@ -92,6 +93,31 @@ class Parts:
             return self.fixed
         least = all_resident if offload in ("cpu", "none") else smallest
         return self.fixed + least(self.footprints)
+
+
+class PartsOnDevice:
+    """What Parts take on a device with memory of its own, where a block of n bytes takes `allocated(n)`.
+
+    Each resident is a block, and so is each result of a conversion.
+    """
+
+    def __init__(self, parts: Parts, allocated: Callable[[int], int]) -> None:
+        self.footprints = [
+            replace(
+                footprint,
+                resident=allocated(footprint.resident),
+                transient=2 * allocated(footprint.transient // 2) if footprint.transient else 0,
+            )
+            for footprint in parts.footprints
+        ]
+        self.small_bytes = sum(round_up(allocated(item.nbytes), ALIGNMENT) for item in parts.small)
+
+    def needed(self, offload: str) -> int:
+        """The fewest bytes that hold what has to be on the device at once."""
+        if not self.footprints:
+            return self.small_bytes
+        least = all_resident if offload == "none" else smallest
+        return self.small_bytes + least(self.footprints)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Streaming:
 
     coordinator: Coordinator
     weights: list[Weight]
-    footprints: list[Footprint]  # of each weight
+    footprints: list[Footprint]  # of each weight, where it computes
     placement: Placement
     account: Account
     slots: list[list[Slot]]  # of each weight
@@ -104,7 +104,7 @@ def stream(
         streaming = Streaming(
             coordinator,
             weights,
-            parts.footprints,
+            opened.footprints,
             opened.placement,
             opened.account,
             slots,
