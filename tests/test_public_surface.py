@@ -58,6 +58,8 @@ LAYERS = [
     "synth",
     "outline",
     "dry_run",
+    "device_probe",
+    "hardware_cache",
     "hardware_probe",
     "options",
     "planning",
