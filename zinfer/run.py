@@ -142,10 +142,18 @@ def _run_checkpoint(
     streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
     caches = _caches(model, streaming, target, recorder)
     predict = None
-    if as_saved and target.processor is None:
+    if as_saved and not target.kv_offload:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
-        budget = streaming.account.ceiling
-        predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
+        predict = partial(
+            predicted_sweep,
+            where,
+            (streaming.host or streaming.account).ceiling,
+            offload,
+            checked_dtype(dtype),
+            plan_options,
+            processor=target.processor,
+            on_device=streaming.account.ceiling if streaming.host is not None else 0,
+        )
     return attach(
         model,
         Runtime(model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict),
