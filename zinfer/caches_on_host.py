@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from zinfer.budgets import CACHE_SHARE
 from zinfer.device.host import bounce_bytes
 from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
@@ -19,7 +20,7 @@ from zinfer.kv_cache import Pass, cache_growth
 from zinfer.kv_offload.lane import Lane
 from zinfer.kv_offload.layers import is_empty, layers_on_host, move_to_host
 from zinfer.kv_offload.space import LARGEST_BLOCK, PAGE, Space
-from zinfer.streaming import CACHE_SHARE, Account
+from zinfer.parts import Account
 from zinfer.timeline.recorder import Recorder
 
 CACHE = "past_key_values"

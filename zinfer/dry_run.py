@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers.utils import logging as transformers_logging
 
+from zinfer.parts import Held
 from zinfer.planner.cost import Operator, PassWork, Work
-from zinfer.streaming import Held
 from zinfer.weights.loading import REFUSALS, parameter_slots
 
 aten = torch.ops.aten

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from zinfer.budgets import HEADROOM, HEADROOM_SHARE, device_budget, divide_tiers, less_headroom
+from zinfer.device.choose import processor_for
+from zinfer.device.cuda import allocated_by_torch
+from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
-from zinfer.kv_cache import Pass, cache_growth
+from zinfer.kv_cache import Pass, activation_bytes, cache_growth
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
+from zinfer.parts import Held, Parts, PartsOnDevice, gather, least_budget
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
+from zinfer.planner.memory import ceilings as ceilings_of_run
 from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
-from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import (
-    HEADROOM,
-    HEADROOM_SHARE,
-    Held,
-    Parts,
-    check_offload,
-    gather,
-    least_budget,
-    less_headroom,
-)
+from zinfer.planner.tiers import Tiers, beside_caches, place_on_cpu
+from zinfer.streaming import check_offload
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
 from zinfer.wording import brief
@@ -46,6 +43,7 @@ def plan(
     model: Any,
     *,
     hardware: str | Hardware = "this",
+    device: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
     batch: int = 1,
     prompt: int = 512,
@@ -62,15 +60,16 @@ def plan(
             built-in shape such as "llama-3.1-70b", or a transformers config object. No weights are needed.
         hardware: "this" measures the machine at hand once and keeps the figures; "a6000", "rtx4090" and "h200" are
             published ones; else a JSON file with the same fields, or a Hardware.
-        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings as for zinfer.run; 0 is the device, where there is one.
+        device: where this machine would compute, as for zinfer.run: None for the GPU where there is one.
+        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings as for zinfer.run; of other hardware, 0 is its device.
             Default: all of that hardware's memories but for headroom; of this machine, what is free.
         batch, prompt, new_tokens: sequences at once, tokens of each prompt, tokens generated for each.
         offload, dtype: as for zinfer.run. Of a model without weights, `dtype` is that of its checkpoint.
         remeasure: measure this machine again.
         options: further from_pretrained keywords, for a checkpoint folder: trust_remote_code, attn_implementation ...
 
-    The weights' places are those that zinfer.run would choose within the same budget; on hardware with a device they
-    are chosen for device, host and drive. Times are predictions by the formula in planner/cost.py.
+    The weights' places are those that zinfer.run would choose within the same budgets. Times are predictions by the
+    formula in planner/cost.py.
 
     Raises OptionError, CheckpointError and BudgetError (a budget too small or beyond the machine, a batch whose cache
     cannot fit), the last with the number that would work, if any does; nothing is read from the weights by then.
@@ -81,46 +80,97 @@ def plan(
     if remeasure and hardware != "this":
         raise OptionError("remeasure has no effect on hardware other than 'this'")
     given = _hardware(hardware)  # its faults are told before the model is looked at
-    ceilings = _ceilings(max_memory)
+    if device is not None and given is not None:
+        raise OptionError(
+            f"device has no effect on hardware other than 'this': {given.name} says itself what computes there"
+        )
+    processor = processor_for(device) if given is None else None
+    number = 0 if processor is None else processor.torch_device.index or 0
+    ceilings = _ceilings(max_memory) if given is not None else _ceilings_here(max_memory, processor)
     with torch.inference_mode(False):
         outline = outline_of(model, checked_dtype(dtype), options)
-        machine = given or this_machine(_places(outline), refresh=remeasure)
+        machine = given or this_machine(_places(outline), processor, refresh=remeasure)
         logger.debug("planning for %s", machine.as_dict())
-        _check_ceilings(ceilings, machine)
-        held = gather(outline.model)
-        work, notes = _work(outline, held, batch, prompt, new_tokens)
-    task = _Task(
-        held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
-    )
-    if given is None and torch.cuda.is_available():
-        notes.append(
-            "this machine has a GPU, but zinfer computes on the CPU so far, and that is what is planned; for what a "
-            "GPU could do, give a hardware profile"
-        )
-    return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
+        _check_ceilings(ceilings, machine, number)
+        free = free_memory() if given is None else machine.host_memory
+        there = None if processor is None else _Attached(processor, device_budget(processor, ceilings.get(0)))
+        return _planned(outline, machine, there, ceilings, free, offload, batch, prompt, new_tokens)
 
 
 def predicted_sweep(
-    folder: str, ceiling: int, offload: str, dtype: Any, options: Mapping[str, Any], batch: int, length: int
+    folder: str,
+    ceiling: int,
+    offload: str,
+    dtype: Any,
+    options: Mapping[str, Any],
+    batch: int,
+    length: int,
+    *,
+    processor: Processor | None = None,
+    on_device: int = 0,
 ) -> float | None:
     """Seconds of a decoding step with `length` positions so far, for a run that is under way; None if unknown.
 
+    `ceiling`: the host's budget in bytes; `on_device`: that on `processor`, if one computes, its overhead taken off.
     Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here. Raises what plan() does.
     """
-    machine = measured_machine(next(iter(expected_shards(folder))))
+    machine = measured_machine(next(iter(expected_shards(folder))), processor)
     if machine is None:
         return None
-    budget = {"cpu": min(ceiling, machine.host_memory)}
-    shape: dict[str, Any] = {"batch": batch, "prompt": 1, "new_tokens": length}  # no prefill of that length
-    found = plan(
-        folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
-    )
+    host: dict[str | int, int] = {"cpu": min(ceiling, machine.host_memory)}
+    there = None if processor is None else _Attached(processor, on_device)
+    with torch.inference_mode(False):
+        outline = outline_of(folder, checked_dtype(dtype), dict(options))
+        # No prefill of that length.
+        found = _planned(outline, machine, there, host, machine.host_memory, offload, batch, 1, length)
     return found.seconds_a_token
+
+
+def _planned(
+    outline: Outline,
+    machine: Hardware,
+    there: _Attached | None,
+    ceilings: dict[str | int, int],
+    free: int,
+    offload: str,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+) -> Plan:
+    """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
+    held = gather(outline.model)
+    work, notes = _work(outline, held, batch, prompt, new_tokens)
+    task = _Task(held, work, machine, ceilings, offload, free, there, _activations(outline, prompt))
+    return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
+
+
+def _activations(outline: Outline, prompt: int) -> Callable[[int], int]:
+    """What a run takes the pass over the prompt to hold at once, in bytes, for so many sequences."""
+    config, itemsize = outline.model.config, outline.model.dtype.itemsize
+    logits = 1 if outline.model.can_generate() else prompt
+    return lambda batch: activation_bytes(config, itemsize, Pass(batch, prompt, logits))
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """A device of this machine, and the bytes of it that a run has, its overhead taken off."""
+
+    processor: Processor
+    budget: int
+
+    @property
+    def number(self) -> int:
+        """That by which max_memory names it."""
+        return self.processor.torch_device.index or 0
 
 
 @dataclass
 class _Task:
-    """What placement depends on besides the batch. `free`: bytes of host memory that can be had."""
+    """What placement depends on besides the batch. `free`: bytes of host memory that can be had.
+
+    `there`: the device of this machine that computes; None for the CPU, and for that of other hardware.
+    `activations`: bytes that a run foresees for a batch.
+    """
 
     held: Sequence[Held]
     work: Work
@@ -128,15 +178,31 @@ class _Task:
     ceilings: dict[str | int, int]
     offload: str
     free: int
+    there: _Attached | None
+    activations: Callable[[int], int]
     divided: dict[int, Parts] = field(default_factory=dict)
+    tiers: dict[tuple[int, int], Tiers] = field(default_factory=dict)
 
     def budgets(self) -> tuple[int, int]:
         """Bytes for the host and for the device."""
         spare = less_headroom(self.free)
+        host = min(self.ceilings.get("cpu", spare), spare)
+        if self.there is not None:
+            return host, self.there.budget
         if self.hardware.has_device:
-            device = self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
-            return min(self.ceilings.get("cpu", spare), spare), device
-        return min(self.ceilings.get("cpu", spare), spare), 0
+            return host, self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
+        return host, 0
+
+    def memory(self, batch: int) -> int:
+        """Bytes that cache and activations take with `batch` sequences: on a device at hand, as a run foresees them."""
+        if self.there is None:
+            return self.work.memory(batch)
+        return self.work.cache(batch) + self.activations(batch)
+
+    def on_device(self, parts: Parts) -> PartsOnDevice:
+        """What `parts` take on the device; published ones are GPUs."""
+        allocated = allocated_by_torch if self.there is None else self.there.processor.allocated
+        return PartsOnDevice(parts, allocated)
 
     def parts(self, host: int) -> Parts:
         """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
@@ -148,11 +214,11 @@ class _Task:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
         host, device = self.budgets()
         if self.hardware.has_device:
-            return self._place_on_tiers(host, device, self.work.memory(batch))
+            return self._place_on_tiers(host, device, batch)
         return self._place_on_cpu(host, batch)
 
     def _place_on_cpu(self, host: int, batch: int) -> tuple[Parts, Tiers]:
-        memory, cache = self.work.memory(batch), self.work.cache(batch)
+        memory, cache = self.memory(batch), self.work.cache(batch)
         parts = self.parts(host)
         streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
         least = self._least(host, cache if streams else 0)
@@ -202,14 +268,14 @@ class _Task:
                 "make batch or prompt smaller"
             )
 
-    def _place_on_tiers(self, host: int, device: int, memory: int) -> tuple[Parts, Tiers]:
+    def _place_on_tiers(self, host: int, device: int, batch: int) -> tuple[Parts, Tiers]:
         """As place(); a larger host budget keeps more small tensors on the device, so both are looked at together."""
         least = host
         while True:
             parts = self.parts(least)
-            self._check_device(parts, least, device, memory, alone=least == host)
+            self._check_device(parts, least, device, batch, alone=least == host)
             try:
-                tiers = self._divide(parts, least, device - memory - parts.small_bytes)
+                tiers = self._divide(parts, device, batch)
             except BudgetError as error:
                 least = (error.smallest or 0) + parts.bounce  # more than it was, as too little was available
                 self._refuse_beyond_host(least)
@@ -222,40 +288,54 @@ class _Task:
                 least,
             )
 
-    def _check_device(self, parts: Parts, host: int, device: int, memory: int, *, alone: bool) -> None:
+    def _check_device(self, parts: Parts, host: int, device: int, batch: int, *, alone: bool) -> None:
         """Raises BudgetError where the device cannot hold what has to be there at once.
 
         `alone`: `host` is the budget that was given, so that the device's is the only one to change.
         """
-        needed = smallest(parts.footprints) if parts.footprints else 0
-        needed += parts.small_bytes + memory
+        needed = self.on_device(parts).needed(self.offload) + self.memory(batch)
         if needed <= device:
             return
-        what = f"cache, activations, small tensors and the largest operator take {needed} bytes of the device"
-        if needed > self.hardware.device_memory:
+        there, overhead, most = "max_memory[0]", 0, self.hardware.device_memory
+        if self.there is not None:
+            there, overhead = f"max_memory[{self.there.number}]", self.there.processor.overhead
+            most = max(self.there.processor.memory()[0], device + overhead)
+        weights = "the whole model" if self.offload == "none" else "the largest operator"
+        what = f"cache, activations, small tensors and {weights} take {needed} bytes of the device"
+        if needed + overhead > most:
             raise BudgetError(
-                f"{what}, and {self.hardware.name} has {self.hardware.device_memory}: no max_memory[0] works there; "
-                "make batch or prompt smaller, or plan for a larger device"
+                f"{what}, and {self.hardware.name} has {most}: no {there} works there; make batch or prompt smaller, "
+                "or plan for a larger device"
             )
         try:
-            self._place_on_tiers(host, needed, memory)
+            self._place_on_tiers(host, needed, batch)
         except BudgetError as error:
             raise BudgetError(
-                f"{what}, whose budget is {device}; and with max_memory[0] that large, {error}"
+                f"{what}, whose budget is {device}; and with {there} that large, {error}"
             ) from error
         if not alone:
             raise BudgetError(
-                f"{what}, whose budget is {device}: max_memory['cpu'] of {host} and max_memory[0] of {needed} bytes "
-                "work"
+                f"{what}, whose budget is {device}: max_memory['cpu'] of {host} and {there} of {needed + overhead} "
+                "bytes work"
             )
         raise BudgetError(
-            f"{what}, whose budget is {device}: the smallest max_memory[0] that works is {needed} bytes",
-            needed,
+            f"{what}, whose budget is {device}: the smallest {there} that works is {needed + overhead} bytes",
+            needed + overhead,
         )
 
-    def _divide(self, parts: Parts, host: int, on_device: int) -> Tiers:
-        drive = self.offload in ("auto", "nvme")
-        return place_on_tiers(parts.footprints, on_device, host - parts.bounce, drive=drive)
+    def _divide(self, parts: Parts, device: int, batch: int) -> Tiers:
+        """The tiers with `device` bytes there, caches and activations included.
+
+        On the device at hand residents leave for them, as in a run; elsewhere their room is kept from the start.
+        """
+        there, memory = self.on_device(parts), self.memory(batch)
+        if self.there is None or self.offload in ("cpu", "none"):
+            return divide_tiers(parts, there, self.offload, device - memory)
+        key = parts.budget, device
+        if key not in self.tiers:
+            self.tiers[key] = divide_tiers(parts, there, self.offload, device)
+        within = device - there.small_bytes - memory
+        return beside_caches(there.footprints, self.tiers[key], within, batch)
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""
@@ -301,14 +381,20 @@ def _plan(
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
-    host_budget, device_budget = task.budgets()
+    host_budget, on_device_budget = task.budgets()
     if task.ceilings.get("cpu", 0) > host_budget:
         notes = [
             *notes,
             f"max_memory['cpu'] is {task.ceilings['cpu']} bytes; {host_budget} are planned with: what can be had, "
             "less headroom",
         ]
-    small_bytes = parts.small_bytes
+    if task.there is not None and task.ceilings.get(0, 0) > on_device_budget + task.there.processor.overhead:
+        notes = [
+            *notes,
+            f"max_memory[{task.there.number}] is {task.ceilings[0]} bytes; {on_device_budget} are planned with: what "
+            "can be had, less what anything takes there",
+        ]
+    small_bytes = task.on_device(parts).small_bytes if hardware.has_device else parts.small_bytes
     total = sum(nbytes) + small_bytes
     return Plan(
         model=outline.name,
@@ -324,13 +410,13 @@ def _plan(
         nvme_bytes=total - small_bytes - on_device - on_host,
         small_bytes=small_bytes,
         host_budget=host_budget,
-        device_budget=device_budget,
+        device_budget=on_device_budget,
         host_window=tiers.host_window,
         device_window=tiers.device_window + tiers.device_conversions,
         conversion_bytes=tiers.conversions,
         buffer_bytes=parts.bounce,
         cache_bytes=work.cache_bytes,
-        activation_bytes=work.activation_bytes,
+        activation_bytes=task.memory(batch) - work.cache_bytes,
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
         read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
@@ -426,16 +512,29 @@ def _ceilings(max_memory: Mapping[Any, int | str] | None) -> dict[str | int, int
     return {key: parse_size(size) for key, size in max_memory.items()}
 
 
-def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware) -> None:
+def _ceilings_here(
+    max_memory: Mapping[Any, int | str] | None, processor: Processor | None
+) -> dict[str | int, int]:
+    """As _ceilings, for this machine: `processor` has the number, or name, that zinfer.run gives it."""
+    number = None if processor is None else processor.torch_device.index or 0
+    host, device = ceilings_of_run(max_memory, number)
+    given: dict[str | int, int | None] = {"cpu": host, 0: device}
+    return {key: size for key, size in given.items() if size is not None}
+
+
+def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware, number: int) -> None:
     """Raises OptionError for a ceiling on a device that is not there, BudgetError for one above the machine."""
     if 0 in ceilings and not hardware.has_device:
         raise OptionError(
             f"max_memory[0] has no effect: {hardware.name} computes on the CPU; give 'cpu' alone"
         )
-    for key, most in (("cpu", hardware.host_memory), (0, hardware.device_memory)):
+    for key, name, most in (
+        ("cpu", "'cpu'", hardware.host_memory),
+        (0, str(number), hardware.device_memory),
+    ):
         if ceilings.get(key, 0) > most:
             raise BudgetError(
-                f"max_memory[{key!r}] is {brief(ceilings[key])} bytes, but {hardware.name} has {most}; ask for at most "
+                f"max_memory[{name}] is {brief(ceilings[key])} bytes, but {hardware.name} has {most}; ask for at most "
                 "that"
             )
 

@@ -19,12 +19,13 @@ from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
 from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
+from zinfer.opening import Target
 from zinfer.options import REFUSED, checked_dtype
 from zinfer.planner.memory import ceilings
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
-from zinfer.streaming import Streaming, Target, check_offload, stream
+from zinfer.streaming import Streaming, check_offload, stream
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
@@ -141,10 +142,18 @@ def _run_checkpoint(
     streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
     caches = _caches(model, streaming, target, recorder)
     predict = None
-    if as_saved and target.processor is None:
+    if as_saved and not target.kv_offload:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
-        budget = streaming.account.ceiling
-        predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
+        predict = partial(
+            predicted_sweep,
+            where,
+            (streaming.host or streaming.account).ceiling,
+            offload,
+            checked_dtype(dtype),
+            plan_options,
+            processor=target.processor,
+            on_device=streaming.account.ceiling if streaming.host is not None else 0,
+        )
     return attach(
         model,
         Runtime(model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict),

@@ -192,10 +192,10 @@ class Runtime:
     def predict(self) -> float | None:
         """Seconds that a sweep like the last should take by `zinfer.plan`, to stand in the report beside the measured.
 
-        None where that is not known: no pass yet, more than one drive, a live module, a changed config, or a machine
-        that was never measured (`zinfer plan MODEL` does that). Takes a second or two, for the model is built once
-        more, without weights; transformers changes torch's default dtype meanwhile, so call it while no other thread
-        computes. Raises what zinfer.plan raises.
+        None where that is not known: no pass yet, more than one drive, a live module, a changed config, a device whose
+        caches lie in host memory, or a machine that was never measured (`zinfer plan MODEL` does that). Takes a second
+        or two, for the model is built once more, without weights; transformers changes torch's default dtype meanwhile,
+        so call it while no other thread computes. Raises what zinfer.plan raises.
         """
         drives = self._streaming.coordinator.device.drives
         if self._predict is not None and self._shape is not None and len(drives.settings) == 1:

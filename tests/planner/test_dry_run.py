@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import architectures
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.outline import outline_of
+from zinfer.parts import gather
 from zinfer.planner.cost import Work
-from zinfer.streaming import gather
 
 aten = torch.ops.aten
 

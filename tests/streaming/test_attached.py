@@ -8,10 +8,12 @@ import threading
 
 import pytest
 import torch
+import transformers
 
 import zinfer
 from tests import architectures
 from tests.streaming.test_exactness import IDS, assert_same
+from zinfer.device.cuda import STEP, allocated_by_torch
 from zinfer.device.staged import StagedProcessor
 
 MEMORY = 1 << 34  # of the pretended device
@@ -155,6 +157,47 @@ def test_the_budget_of_the_device_holds(saved, nothing_left):
         figures = model.zinfer.report().device
         assert processor.peak + figures.small_bytes + figures.cache_bytes <= budget
         finish(model, processor)
+
+
+class Rounding(StagedProcessor):
+    """As torch's allocator on a GPU: a block takes more than what is in it, but no segment is half full."""
+
+    overhead = STEP  # for the window
+
+    def allocated(self, nbytes: int) -> int:
+        """See Processor."""
+        return allocated_by_torch(nbytes)
+
+    def block(self, nbytes: int):
+        """See Processor."""
+        return super().block(self.allocated(nbytes))
+
+    def limit(self, nbytes: int | None) -> None:
+        """See Processor."""
+        super().limit(None if nbytes is None else nbytes + self.overhead)
+
+
+def test_the_budget_of_the_device_holds_where_its_allocator_rounds(tmp_path, nothing_left, caplog):
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=5504,  # 10.75 MiB a matrix, which takes 12
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        vocab_size=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    budget = 100 << 20
+    processor = Rounding(MEMORY)
+    with zinfer.run(
+        tmp_path, device=processor, max_memory={0: budget, "cpu": "300MiB"}, offload="nvme", progress=False
+    ) as model:
+        for _ in range(2):
+            model(IDS % 64)
+        figures = model.zinfer.report().device
+        there = sum(w.resident is not None for w in model.zinfer._streaming.weights)
+        assert not caplog.records, "a resident found no memory"
+    assert there > 3
+    assert processor.peak + figures.small_bytes + figures.cache_bytes <= budget
 
 
 def test_offload_cpu_reads_nothing_once_loaded_and_none_keeps_all_on_the_device(saved, nothing_left):

@@ -12,7 +12,7 @@ import transformers
 
 from tests import architectures
 from tests.streaming.running import check_device, smallest
-from zinfer import BudgetError, run, streaming
+from zinfer import BudgetError, budgets, run
 from zinfer.kv_cache import Pass, cache_bytes, cache_growth, caches_of
 from zinfer.streaming import StreamedParameter
 
@@ -253,7 +253,7 @@ def test_two_threads_growth_is_added_up(wide):
 def test_what_zinfer_takes_itself_does_not_count_twice(saved, monkeypatch):
     folder = saved("llama")
     free = [1 << 30]
-    monkeypatch.setattr(streaming, "free_memory", lambda: free.pop() if free else 1)
+    monkeypatch.setattr(budgets, "free_memory", lambda: free.pop() if free else 1)
     with run(folder, offload="nvme") as model:
         decode(model, IDS, 2)
         assert resident_weights(model) == {w.name for w in model.zinfer._streaming.weights}

@@ -267,7 +267,9 @@ class Coordinator:
         """`fetch`, or one started here, with room. All that comes free is the first one's, or large weights starve."""
         waits, device = 0, self.device
         while True:
-            late = time.monotonic() > deadline  # asked first: what comes free during the last wait is tried for
+            late = (
+                time.monotonic() > deadline
+            )  # asked first: what comes free during the last wait is tried for
             with self._lock:
                 self.refuse_closed()
                 first = self._line[0] is ticket

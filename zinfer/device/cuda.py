@@ -11,12 +11,28 @@ import torch
 
 from zinfer.device.processor import ALIGNMENT, POISON, Event
 from zinfer.errors import BudgetError
+from zinfer.weights.layout import round_up
 
 MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
 WORKSPACE = 64 << 20  # bytes that cuBLAS allocates for itself, through torch, a stream
 _limits: dict[int, dict[int, int]] = {}  # of each device, bytes for each processor that limits it
 _limits_lock = threading.Lock()
+# torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp): blocks of up to SMALL bytes lie in segments of
+# SMALL_SEGMENT bytes, those below LARGE in segments of SEGMENT, and larger ones are rounded up to multiples of STEP.
+SMALL, SMALL_SEGMENT, LARGE, SEGMENT, STEP = 1 << 20, 2 << 20, 10 << 20, 20 << 20, 2 << 20
+PARTLY_FILLED = (
+    SEGMENT + SMALL_SEGMENT + STEP
+)  # bytes: the last segment of either kind, and the rounding of the window
 URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
+
+
+def allocated_by_torch(nbytes: int) -> int:
+    """Bytes of the device that a block of `nbytes` takes: its share of a segment, taken to hold others of its size."""
+    rounded = round_up(max(nbytes, 1), ALIGNMENT)
+    if rounded >= LARGE:
+        return round_up(rounded, STEP)
+    segment = SMALL_SEGMENT if rounded <= SMALL else SEGMENT
+    return -(-segment // (segment // rounded))
 
 
 class CudaEvent:
@@ -91,7 +107,9 @@ class CudaProcessor:
         torch.cuda.synchronize(self.torch_device)
         free, total = torch.cuda.mem_get_info(self.torch_device)
         outside = total - free - torch.cuda.memory_reserved(self.torch_device)
-        return min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE  # others' memory counts in `outside` too
+        return (
+            min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE + PARTLY_FILLED
+        )  # others' memory counts in `outside` too
 
     def memory(self) -> tuple[int, int]:
         """See Processor. What torch's allocator holds without using it counts as free."""
@@ -100,7 +118,7 @@ class CudaProcessor:
         return free + idle, total
 
     def limit(self, nbytes: int | None) -> None:
-        """See Processor: of what torch allocates, whoever asks for it; cuBLAS's workspace besides.
+        """See Processor: of what torch allocates, whoever asks; cuBLAS's workspace and segments not full besides.
 
         torch knows one limit a device: that is the sum over the models which compute there.
         """
@@ -111,7 +129,7 @@ class CudaProcessor:
             else:
                 limits[id(self)] = nbytes
             total = torch.cuda.mem_get_info(self.torch_device)[1]
-            share = min(1.0, (sum(limits.values()) + WORKSPACE) / total) if limits else 1.0
+            share = min(1.0, (sum(limits.values()) + WORKSPACE + PARTLY_FILLED) / total) if limits else 1.0
             torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
     def block(self, nbytes: int) -> torch.Tensor:
@@ -131,6 +149,10 @@ class CudaProcessor:
                 block.record_stream(stream)
         assert block.data_ptr() % ALIGNMENT == 0
         return block
+
+    def allocated(self, nbytes: int) -> int:
+        """See Processor."""
+        return allocated_by_torch(nbytes)
 
     def over(self, block: torch.Tensor, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """See Processor."""

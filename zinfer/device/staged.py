@@ -105,6 +105,10 @@ class StagedProcessor:
         weakref.finalize(block, self._freed, nbytes).atexit = False
         return block
 
+    def allocated(self, nbytes: int) -> int:
+        """See Processor. There is no rounding."""
+        return nbytes
+
     def over(self, block: Any, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """See Processor."""
         view = memoryview(block)[start : start + nbytes]

@@ -83,3 +83,23 @@ def place_on_tiers(
         host_window=bottom.window_bytes,
         conversions=bottom.transient_bytes,
     )
+
+
+def beside_caches(weights: Sequence[Footprint], tiers: Tiers, within: int, rows: int = 1) -> Tiers:
+    """`tiers` in a run of `rows` sequences whose caches and activations leave `within` bytes of the device.
+
+    Residents there go back to the drive, as in residency.py; what is in host memory stays as it is.
+    Raises BudgetError with the fewest bytes `within` that work.
+    """
+    if not weights:
+        return tiers
+    first = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
+    top = divided(weights, first, within, rows)
+    return replace(
+        tiers,
+        device=top.residents,
+        host=tiers.host - top.residents,
+        device_bytes=top.resident_bytes,
+        device_window=top.window_bytes,
+        device_conversions=top.transient_bytes,
+    )
