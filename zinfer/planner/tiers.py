@@ -72,7 +72,7 @@ def place_on_tiers(
         raise BudgetError(
             f"the host has {max(host_available, 0)} bytes for weights, too few: {needed} would do", needed
         )
-    bottom = place(below, host_available, through)
+    bottom = place(below, host_available, through=through)
     return Tiers(
         device=top.residents,
         host=frozenset(left[index] for index in bottom.residents),
