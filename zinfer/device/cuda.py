@@ -120,6 +120,11 @@ class CudaProcessor:
         assert block.data_ptr() % ALIGNMENT == 0
         return block
 
+    def reclaim(self) -> None:
+        """See Processor: blocks in pieces, which torch's allocator keeps, go back to the driver whole."""
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()
+
     def over(self, block: torch.Tensor, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """See Processor."""
         owner = _Owner(block, start, nbytes)

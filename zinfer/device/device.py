@@ -48,6 +48,9 @@ class Device(Protocol):
     drives: Drives
     generation: int
     on_room: weakref.WeakMethod[Callable[[], None]] | None
+    refused_bytes: (
+        int  # of weights that were to stay where operators compute, but there was no memory for them
+    )
 
     @property
     def pools(self) -> list[Pool]:
@@ -91,6 +94,9 @@ class Device(Protocol):
 
     def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
         """Divide the memory anew: see CpuDevice and AttachedDevice."""
+
+    def reclaim(self) -> None:
+        """Wait until what was given back can be had by others."""
 
     def hurry(self) -> None:
         """Nobody waits for a first token any more."""

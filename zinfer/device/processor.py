@@ -58,6 +58,9 @@ class Processor(Protocol):
     def block(self, nbytes: int) -> Any:
         """Memory, aligned to ALIGNMENT. Raises BudgetError where the device has not got it."""
 
+    def reclaim(self) -> None:
+        """Wait for what the device was given, and let whoever asks have the memory of blocks that died."""
+
     def over(self, block: Any, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """Bytes of a block as a tensor, and an object that dies with its last view."""
 
