@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ import torch
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
-from zinfer.kv_cache import Pass, cache_growth
+from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
 from zinfer.planner.assumed import Matrix, assumed_work
-from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
+from zinfer.planner.chunks import chunks_of, prefill_chunk
+from zinfer.planner.cost import Bounds, Operator, PassWork, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
 from zinfer.planner.memory import free_memory, parse_size
 from zinfer.planner.placement import smallest
@@ -90,7 +93,14 @@ def plan(
         held = gather(outline.model)
         work, notes = _work(outline, held, batch, prompt, new_tokens)
     task = _Task(
-        held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
+        held,
+        work,
+        machine,
+        ceilings,
+        offload,
+        free_memory() if given is None else machine.host_memory,
+        prompt,
+        _estimate(outline, work, prompt),
     )
     if given is None and torch.cuda.is_available():
         notes.append(
@@ -120,7 +130,10 @@ def predicted_sweep(
 
 @dataclass
 class _Task:
-    """What placement depends on besides the batch. `free`: bytes of host memory that can be had."""
+    """What placement depends on besides the batch. `free`: bytes of host memory that can be had.
+
+    `estimate`: what a run takes the activations of a batch with chunks of so many tokens for; None: it cuts no prompt.
+    """
 
     held: Sequence[Held]
     work: Work
@@ -128,6 +141,8 @@ class _Task:
     ceilings: dict[str | int, int]
     offload: str
     free: int
+    prompt: int
+    estimate: Callable[[int, int], int] | None = None
     divided: dict[int, Parts] = field(default_factory=dict)
 
     def budgets(self) -> tuple[int, int]:
@@ -144,15 +159,40 @@ class _Task:
             self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
         return self.divided[host]
 
+    def chunk(self, batch: int) -> int:
+        """Tokens that a run would prefill at once; see zinfer.prefill."""
+        if self.estimate is None:
+            return self.prompt
+        host, device = self.budgets()
+        parts = self.parts(host)
+        # With a device, "cpu" keeps the weights on the host.
+        offload = "nvme" if self.hardware.has_device and self.offload == "cpu" else self.offload
+        taken = parts.needed(offload) - parts.bounce + self.work.cache(batch)
+        room = device - taken if self.hardware.has_device else less_headroom(self.free) - taken - parts.bounce
+        return prefill_chunk(self.prompt, room, partial(self.estimate, batch))
+
+    def activations(self, batch: int) -> int:
+        """Bytes that activations take with `batch` sequences, in chunks where the prompt is cut."""
+        tokens, whole = self.chunk(batch), self.prompt
+        needed = -(-self.work.activation_bytes * batch * tokens // (self.work.batch * whole))
+        # Where not even the smallest chunk fits, a run's estimate is above what there is room for.
+        return (
+            needed if tokens == whole or self.estimate is None else max(needed, self.estimate(batch, tokens))
+        )
+
+    def memory(self, batch: int) -> int:
+        """Bytes that cache and activations take with `batch` sequences."""
+        return self.work.cache(batch) + self.activations(batch)
+
     def place(self, batch: int) -> tuple[Parts, Tiers]:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
         host, device = self.budgets()
         if self.hardware.has_device:
-            return self._place_on_tiers(host, device, self.work.memory(batch))
+            return self._place_on_tiers(host, device, self.memory(batch))
         return self._place_on_cpu(host, batch)
 
     def _place_on_cpu(self, host: int, batch: int) -> tuple[Parts, Tiers]:
-        memory, cache = self.work.memory(batch), self.work.cache(batch)
+        memory, cache = self.memory(batch), self.work.cache(batch)
         parts = self.parts(host)
         streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
         least = self._least(host, cache if streams else 0)
@@ -298,6 +338,19 @@ def _plan(
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    chunk = task.chunk(batch)
+    chunks = chunks_of(prompt, chunk)
+    first = _prefill_bounds(
+        sweep(prefill, sizes, hardware),
+        sweep(prefill, sizes, hardware, device=device, host=host),
+        bounds,
+        chunks,
+    )
+    if chunks > 1:
+        notes = [
+            *notes,
+            f"the prompt is prefilled in {chunks} chunks of {chunk} tokens, each a sweep, so that activations fit",
+        ]
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
@@ -330,11 +383,12 @@ def _plan(
         conversion_bytes=tiers.conversions,
         buffer_bytes=parts.bounce,
         cache_bytes=work.cache_bytes,
-        activation_bytes=work.activation_bytes,
+        activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
         read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
-        **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
+        **times(bounds, first, batch, new_tokens),
+        prefill_chunk=chunk,
         largest_batch=largest,
         notes=tuple(notes),
         sources=dict(hardware.sources),
@@ -343,6 +397,37 @@ def _plan(
             for i, weight in enumerate(parts.weights)
         },
     )
+
+
+def _prefill_bounds(first: Bounds, later: Bounds, decode: Bounds, chunks: int) -> Bounds:
+    """Of a prompt in `chunks` sweeps: `first` reads the residents too, and computes the whole prompt; `later` does not.
+
+    Each sweep moves the weights through the processor, as a decoding step does, whatever the tokens in it are.
+    """
+    return Bounds(
+        drive=first.drive + (chunks - 1) * later.drive,
+        pcie=first.pcie + (chunks - 1) * later.pcie,
+        compute=max(first.compute, chunks * decode.compute),
+    )
+
+
+def _estimate(outline: Outline, work: Work, prompt: int) -> Callable[[int, int], int] | None:
+    """Bytes that a run foresees for the last of a batch's chunks; None where it cuts no prompt.
+
+    Not less than the dry run found for as many tokens.
+    """
+    model = outline.model
+    if not (model.can_generate() and prefills_in_chunks(model.config)):
+        return None
+    itemsize = getattr(torch, outline.dtype).itemsize
+    ends = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def estimate(batch: int, tokens: int) -> int:
+        found = -(-work.activation_bytes * batch * tokens // (work.batch * prompt))
+        coming = Pass(batch, tokens, 1 if ends else tokens)
+        return max(found, activation_bytes(model.config, itemsize, coming, prompt - tokens))
+
+    return estimate
 
 
 def _with_conversions(
