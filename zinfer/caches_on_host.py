@@ -71,12 +71,16 @@ class CachesOnHost:
         if cache is None and len(args) <= self._position and self._makes_cache(kwargs):
             cache = DynamicCache(config=self._config)
             self._move(cache)
-        elif getattr(self._generating, "own", False) and is_empty(cache):
+        elif self.takes(cache):
             self._move(cache)
         if layers_on_host(cache):
             self._refuse_excess(cache, Pass.of(kwargs, args))
             return {**kwargs, CACHE: cache}
         return dict(kwargs)
+
+    def takes(self, cache: Any) -> bool:
+        """Whether the next pass of this thread puts `cache` into host memory: generate()'s own, while it is empty."""
+        return bool(getattr(self._generating, "own", False) and is_empty(cache))
 
     def close(self) -> None:
         """Wait for all copies, and give the memory back as soon as no cache holds it. Idempotent."""

@@ -198,19 +198,43 @@ def _number(config: Any, name: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def activation_bytes(config: Any, itemsize: int, coming: Pass) -> int:
+def activation_bytes(config: Any, itemsize: int, coming: Pass, past: int = 0) -> int:
     """Roughly what `coming` holds at once: a layer's widest intermediates and the logits. 0 where the config is silent.
 
     Four tensors of the hidden size (residual, norm, attention in and out) and three of the intermediate size (gate,
     up, their product), for each new position, as transformers' decoder layers have it, and half as much again for
-    what the allocator keeps.
+    what the allocator keeps. Several tokens after `past` positions attend with a mask for each pair of positions, once
+    as booleans and once as numbers, and to keys and values that are repeated for each head.
     """
     text = _text_config(config)
     hidden, intermediate, vocabulary = (
         _number(text, name) for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
     elements = coming.tokens * (4 * hidden + 3 * intermediate) + coming.logits * vocabulary
-    return coming.rows * itemsize * elements * 3 // 2
+    masks = 0
+    if past and coming.tokens > 1 and elements:
+        elements += 2 * hidden * (past + coming.tokens)
+        masks = coming.rows * coming.tokens * (past + coming.tokens) * (1 + itemsize)
+    return coming.rows * itemsize * elements * 3 // 2 + masks
+
+
+def prefills_in_chunks(config: Any) -> bool:
+    """Whether a prompt may be cut: where each position attends to those before it, and to nothing else.
+
+    Not with an encoder, with states that several tokens cannot follow up, with attention that looks ahead, and where
+    how positions are encoded depends on how many there are.
+    """
+    text = _text_config(config)
+    _, attending, sure = _bytes_of_position(config, 1)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    ahead = any(getattr(text, name, None) for name in ("use_bidirectional_attention", "prefix_lm"))
+    return (
+        bool(attending)
+        and sure
+        and not ahead
+        and getattr(text, "is_causal", True) is not False
+        and not any(kind in str(rope) for kind in ("dynamic", "longrope"))
+    )
 
 
 def _text_config(config: Any) -> Any:

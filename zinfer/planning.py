@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
-from zinfer.kv_cache import Pass, activation_bytes, cache_growth
+from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
 from zinfer.parts import Held, Parts, PartsOnDevice, gather, least_budget
 from zinfer.planner.assumed import Matrix, assumed_work
-from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
+from zinfer.planner.chunks import chunks_of, prefill_chunk
+from zinfer.planner.cost import Bounds, Operator, PassWork, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
 from zinfer.planner.memory import ceilings as ceilings_of_run
 from zinfer.planner.memory import free_memory, parse_size
@@ -140,7 +143,8 @@ def _planned(
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
     held = gather(outline.model)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
-    task = _Task(held, work, machine, ceilings, offload, free, there, _activations(outline, prompt))
+    foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
+    task = _Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 
@@ -169,7 +173,8 @@ class _Task:
     """What placement depends on besides the batch. `free`: bytes of host memory that can be had.
 
     `there`: the device of this machine that computes; None for the CPU, and for that of other hardware.
-    `activations`: bytes that a run foresees for a batch.
+    `foreseen`: bytes that a run foresees for the activations of a batch, its prompt whole. `estimate`: the same with
+    chunks of so many tokens; None: no prompt is cut.
     """
 
     held: Sequence[Held]
@@ -179,7 +184,9 @@ class _Task:
     offload: str
     free: int
     there: _Attached | None
-    activations: Callable[[int], int]
+    prompt: int
+    foreseen: Callable[[int], int]
+    estimate: Callable[[int, int], int] | None = None
     divided: dict[int, Parts] = field(default_factory=dict)
     tiers: dict[tuple[int, int], Tiers] = field(default_factory=dict)
 
@@ -193,12 +200,6 @@ class _Task:
             return host, self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
         return host, 0
 
-    def memory(self, batch: int) -> int:
-        """Bytes that cache and activations take with `batch` sequences: on a device at hand, as a run foresees them."""
-        if self.there is None:
-            return self.work.memory(batch)
-        return self.work.cache(batch) + self.activations(batch)
-
     def on_device(self, parts: Parts) -> PartsOnDevice:
         """What `parts` take on the device; published ones are GPUs."""
         allocated = allocated_by_torch if self.there is None else self.there.processor.allocated
@@ -209,6 +210,39 @@ class _Task:
         if host not in self.divided:
             self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
         return self.divided[host]
+
+    def chunk(self, batch: int) -> int:
+        """Tokens that a run would prefill at once; see zinfer.prefill."""
+        if self.estimate is None:
+            return self.prompt
+        host, device = self.budgets()
+        parts = self.parts(host)
+        cache = self.work.cache(batch)
+        if self.hardware.has_device:
+            room = device - self.on_device(parts).needed(self.offload) - cache
+        else:
+            room = less_headroom(self.free) - parts.needed(self.offload) - cache
+        return prefill_chunk(self.prompt, room, partial(self.estimate, batch))
+
+    def activations(self, batch: int) -> int:
+        """Bytes that activations take with `batch` sequences, in chunks where the prompt is cut.
+
+        On a device at hand as a run foresees them.
+        """
+        tokens, whole = self.chunk(batch), self.prompt
+        if self.there is not None:
+            return (
+                self.foreseen(batch) if tokens == whole or not self.estimate else self.estimate(batch, tokens)
+            )
+        needed = -(-self.work.activation_bytes * batch * tokens // (self.work.batch * whole))
+        # Where not even the smallest chunk fits, a run's estimate is above what there is room for.
+        return (
+            needed if tokens == whole or self.estimate is None else max(needed, self.estimate(batch, tokens))
+        )
+
+    def memory(self, batch: int) -> int:
+        """Bytes that cache and activations take with `batch` sequences."""
+        return self.work.cache(batch) + self.activations(batch)
 
     def place(self, batch: int) -> tuple[Parts, Tiers]:
         """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
@@ -329,7 +363,7 @@ class _Task:
         On the device at hand residents leave for them, as in a run; elsewhere their room is kept from the start.
         """
         there, memory = self.on_device(parts), self.memory(batch)
-        if self.there is None or self.offload in ("cpu", "none"):
+        if self.there is None or self.offload == "none":
             return divide_tiers(parts, there, self.offload, device - memory)
         key = parts.budget, device
         if key not in self.tiers:
@@ -378,6 +412,19 @@ def _plan(
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    chunk = task.chunk(batch)
+    chunks = chunks_of(prompt, chunk)
+    first = _prefill_bounds(
+        sweep(prefill, sizes, hardware),
+        sweep(prefill, sizes, hardware, device=device, host=host),
+        bounds,
+        chunks,
+    )
+    if chunks > 1:
+        notes = [
+            *notes,
+            f"the prompt is prefilled in {chunks} chunks of {chunk} tokens, each a sweep, so that activations fit",
+        ]
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
@@ -416,11 +463,12 @@ def _plan(
         conversion_bytes=tiers.conversions,
         buffer_bytes=parts.bounce,
         cache_bytes=work.cache_bytes,
-        activation_bytes=task.memory(batch) - work.cache_bytes,
+        activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
         read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
-        **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
+        **times(bounds, first, batch, new_tokens),
+        prefill_chunk=chunk,
         largest_batch=largest,
         notes=tuple(notes),
         sources=dict(hardware.sources),
@@ -429,6 +477,37 @@ def _plan(
             for i, weight in enumerate(parts.weights)
         },
     )
+
+
+def _prefill_bounds(first: Bounds, later: Bounds, decode: Bounds, chunks: int) -> Bounds:
+    """Of a prompt in `chunks` sweeps: `first` reads the residents too, and computes the whole prompt; `later` does not.
+
+    Each sweep moves the weights through the processor, as a decoding step does, whatever the tokens in it are.
+    """
+    return Bounds(
+        drive=first.drive + (chunks - 1) * later.drive,
+        pcie=first.pcie + (chunks - 1) * later.pcie,
+        compute=max(first.compute, chunks * decode.compute),
+    )
+
+
+def _estimate(outline: Outline, work: Work, prompt: int) -> Callable[[int, int], int] | None:
+    """Bytes that a run foresees for the last of a batch's chunks; None where it cuts no prompt.
+
+    Not less than the dry run found for as many tokens.
+    """
+    model = outline.model
+    if not (model.can_generate() and prefills_in_chunks(model.config)):
+        return None
+    itemsize = getattr(torch, outline.dtype).itemsize
+    ends = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def estimate(batch: int, tokens: int) -> int:
+        found = -(-work.activation_bytes * batch * tokens // (work.batch * prompt))
+        coming = Pass(batch, tokens, 1 if ends else tokens)
+        return max(found, activation_bytes(model.config, itemsize, coming, prompt - tokens))
+
+    return estimate
 
 
 def _with_conversions(

@@ -55,9 +55,9 @@ class Report:
     operators' threads were blocked, on the drive or for room in the window, summed over threads; `waits_by_weight`
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
-    None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `drives` says how
-    each block device is read. `device`: where another device than the CPU computes, its memory; the sizes above are
-    then the host's.
+    None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `shortages`: how
+    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read. `device`:
+    where another device than the CPU computes, its memory; the sizes above are then the host's.
     """
 
     model: str
@@ -101,6 +101,7 @@ class Report:
     longest_waits: tuple[tuple[str, float], ...]
     waits_by_weight: dict[str, float]
     process_peak_bytes: int
+    shortages: int
     fallbacks: tuple[str, ...]
     device: DeviceFigures | None = None
 

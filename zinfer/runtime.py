@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from zinfer.caches_on_host import CachesOnHost
-from zinfer.errors import OptionError
+from zinfer.errors import OptionError, OutOfMemoryError
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
+from zinfer.prefill import Prefill
+from zinfer.relief import Relief
 from zinfer.report import DeviceFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
@@ -48,6 +51,8 @@ class Runtime:
         # Of "none", and of "cpu" on a CPU, every weight stays, whatever else takes memory: that is what was asked for.
         streams = offload in ("auto", "nvme") or (offload == "cpu" and streaming.host is not None)
         self._residency = Residency(model, streaming) if streams else None
+        self._prefill = Prefill(model, streaming, self._residency, caches)
+        self._relief = Relief(streaming, self._residency)
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
@@ -112,6 +117,7 @@ class Runtime:
             longest_waits=tuple(waits[:5]),
             waits_by_weight=dict(waits),
             process_peak_bytes=process_peak(),
+            shortages=self._relief.count,
             fallbacks=self._fallbacks(),
             device=self._device_figures(),
         )
@@ -257,6 +263,14 @@ class Runtime:
             self._residency.after(kwargs, output)
         self._streaming.coordinator.device.hurry()
 
+    def prefill_chunk(self, input_ids: torch.Tensor, settings: Any, inputs: Mapping[str, Any]) -> int | None:
+        """Tokens of a prompt to prefill at once; None: all, or as its settings say. See Prefill.chunk."""
+        return self._prefill.chunk(input_ids, settings, inputs)
+
+    def ran_out(self, error: BaseException) -> OutOfMemoryError:
+        """What to raise, from `error`, where torch found no memory in a pass. Gives memory back for the next one."""
+        return self._relief.ended(error)
+
     def _mark(self) -> Mark:
         device = self._streaming.coordinator.device
         stats, tally = device.drives.stats, device.tally
@@ -284,4 +298,10 @@ class Runtime:
         drives = device.drives
         notes = [f"{backend} not used: {reason}" for backend, reason in drives.fallbacks]
         reasons = dict.fromkeys(file.direct_reason for file in drives.files.values() if not file.direct)
-        return (*notes, *(f"O_DIRECT not used: {reason}" for reason in reasons), *device.fallbacks)
+        return (
+            *notes,
+            *self._relief.notes,
+            *self._prefill.notes,
+            *(f"O_DIRECT not used: {reason}" for reason in reasons),
+            *device.fallbacks,
+        )

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 
 import zinfer
 from tests import architectures
@@ -202,3 +203,44 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is_and_told(saved, monk
     with caplog.at_level(logging.WARNING, "zinfer"), run_within(folder, 1, 1 << 20) as model:
         assert same(results(reference, "llama"), results(model, "llama"))
     assert "could not be page-locked" in caplog.text
+
+
+def test_memory_that_another_takes_is_missed_once(tmp_path):
+    """An operator, or a pass, finds too little; then residents have made room, and the results are the same."""
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        vocab_size=64_000,
+    )
+    folder = str(tmp_path / "llama")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    reference = transformers.LlamaForCausalLM.from_pretrained(folder).eval().to(CUDA)
+    ids = torch.randint(0, 60_000, (1, 512), device=CUDA)  # whose logits are 131 MB
+    with torch.no_grad():
+        expected = reference(ids).logits.cpu()
+    total = architectures.parameter_bytes(reference)
+    del reference
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = run_within(folder, int(total * 0.8), 2 * total)
+    with torch.no_grad():
+        model(ids[:, :1])
+        model(ids[:, :1])
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = model.zinfer.report().device
+        taken = torch.empty(torch.cuda.mem_get_info()[0] - (96 << 20), dtype=torch.uint8, device=CUDA)
+        try:
+            found = model(ids).logits
+        except zinfer.OutOfMemoryError:
+            found = model(ids).logits
+        assert torch.equal(found.cpu(), expected)
+    report = model.zinfer.report()
+    assert report.shortages >= 1
+    assert report.device.planned_resident_bytes < before.planned_resident_bytes
+    assert any("memory ran out" in note for note in report.fallbacks)
+    del taken
+    model.zinfer.close()

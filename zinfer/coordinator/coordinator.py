@@ -10,13 +10,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from zinfer.coordinator.reader import Reader
 from zinfer.coordinator.trace import Trace
 from zinfer.device.device import Device, Fetching
-from zinfer.errors import ClosedError, ZinferError
+from zinfer.errors import ClosedError, OutOfMemoryError, ZinferError
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
@@ -25,6 +26,16 @@ TURN = 0.001  # seconds between the others' looks whether it is their turn
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
 FIRST_SHARE = 64  # of a model's bytes, this part is read for the second sweep before the first has ended
 LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
+
+
+class Reliever(Protocol):
+    """Who gives memory back when it runs out; see zinfer.relief. Called on any thread, without a lock."""
+
+    def relieve(self, what: str, words: str) -> None:
+        """Give memory back: it ran out, as `words` say, in an operator that takes the weight `what`."""
+
+    def exhausted(self, what: str, words: str) -> Exception:
+        """What to raise where it ran out again."""
 
 
 @dataclass
@@ -64,6 +75,7 @@ class Coordinator:
             deque()
         )  # tickets of the threads that wait for room, first come first served
         self._closed = False
+        self.reliever: weakref.ref[Reliever] | None = None
         device.on_room = weakref.WeakMethod(self._room_came)
 
     def whole(self, weight: Weight) -> torch.Tensor:
@@ -90,7 +102,8 @@ class Coordinator:
             on_its_way = fetch is not None and (fetch.lifted or (not self._line and self.device.lift(fetch)))
         if fetch is None or not on_its_way:
             started = time.perf_counter()
-            fetch = self._make_room(weight, fetch)
+            unlifted, fetch = [fetch], None
+            fetch = self._make_room(weight, unlifted)
             self._waited(weight.name, started)
         try:
             with self._lock:
@@ -131,6 +144,23 @@ class Coordinator:
             self.counters.row_reads += 1
             self.counters.row_bytes += out.nbytes
         return out
+
+    def relieve(self, weight: Weight, words: str) -> None:
+        """Memory ran out, as `words` say, in an operator that takes `weight`: give some back. See WeightSource."""
+        reliever = self.reliever() if self.reliever is not None else None
+        if reliever is not None:
+            reliever.relieve(weight.name, words)
+
+    def exhausted(self, weight: Weight, words: str) -> Exception:
+        """What to raise where memory ran out again after relieve()."""
+        reliever = self.reliever() if self.reliever is not None else None
+        return OutOfMemoryError(words) if reliever is None else reliever.exhausted(weight.name, words)
+
+    def drop_ahead(self) -> None:
+        """Drop everything that was read ahead, and uses held beyond their operator."""
+        with self._lock:
+            for reader in list(self._readers):
+                reader.forget()
 
     def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
         """Bring `weights`, all meant to stay, to where they stay; `progress` is told bytes as they come."""
@@ -175,8 +205,7 @@ class Coordinator:
         """
         with self._lock:
             self.refuse_closed()
-            for reader in list(self._readers):
-                reader.forget()
+            self.drop_ahead()
             if self.device.in_use:
                 gc.collect()
                 if self.device.in_use:
@@ -190,8 +219,7 @@ class Coordinator:
         """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
         with self._lock:
             self._closed = True
-            for reader in list(self._readers):
-                reader.forget()
+            self.drop_ahead()
         self.device.close()
 
     @property
@@ -247,25 +275,32 @@ class Coordinator:
                 if now - reader.touched < IDLE_READER:
                     self._extend(reader)
 
-    def _make_room(self, weight: Weight, fetch: Fetching | None) -> Fetching:
-        """Take room back from reads that are needed later, until `weight` can come all the way; start it if need be."""
+    def _make_room(self, weight: Weight, unlifted: list[Fetching | None]) -> Fetching:
+        """Take room back from reads that are needed later, until `weight` can come all the way; start it if need be.
+
+        `unlifted`: its read, if there is one, which nobody else but look-ahead may hold.
+        """
         ticket = object()
         patience = self.device.patience if len(self._readers) == 1 else ROOM_DEADLINE
         deadline = time.monotonic() + patience
         try:  # before the ticket is in line: a Ctrl-C in between would leave it there for good
             with self._lock:
                 self._line.append(ticket)
-            return self._wait_in_line(weight, fetch, ticket, deadline)
+            return self._wait_in_line(weight, unlifted, ticket, deadline)
         finally:
             with self._lock:
                 if ticket in self._line:
                     self._line.remove(ticket)
 
     def _wait_in_line(
-        self, weight: Weight, fetch: Fetching | None, ticket: object, deadline: float
+        self, weight: Weight, unlifted: list[Fetching | None], ticket: object, deadline: float
     ) -> Fetching:
-        """`fetch`, or one started here, with room. All that comes free is the first one's, or large weights starve."""
-        waits, device = 0, self.device
+        """What `unlifted` has, or one started here, with room.
+
+        All that comes free is the first one's, or large weights starve; so nobody else waits with a read that has room
+        on the host alone, which the first may need.
+        """
+        waits, device, fetch = 0, self.device, unlifted.pop()
         while True:
             late = (
                 time.monotonic() > deadline
@@ -275,6 +310,8 @@ class Coordinator:
                 first = self._line[0] is ticket
                 if fetch is None:
                     fetch = self._current(weight) or (device.start(weight, urgent=True) if first else None)
+                if not first and fetch is not None and not fetch.lifted:
+                    fetch = None
                 ready = fetch is not None and (fetch.lifted or (first and device.lift(fetch)))
                 dropped = not ready and first and self._drop_one(weight)
             if not ready and not first:

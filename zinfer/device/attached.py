@@ -171,8 +171,13 @@ class AttachedDevice(Host):
         if self._arena is not None:
             self._arena.close()
         self._arena = None
+        self.reclaim()
         self.generation += 1
         self._arena = Arena(self.processor, window_bytes) if window_bytes else None
+
+    def reclaim(self) -> None:
+        """See Processor."""
+        self.processor.reclaim()
 
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
@@ -258,6 +263,7 @@ class AttachedDevice(Host):
                 logger.warning(note)
                 self.fallbacks.append(note)
                 weight.wants_residence = fetch.settles = False
+                self.refused_bytes += nbytes  # see Residency: it does not return at the next pass
             if lease is None:
                 arena = self._arena
                 if arena is None or nbytes > arena.capacity:

@@ -154,6 +154,11 @@ class CudaProcessor:
         """See Processor."""
         return allocated_by_torch(nbytes)
 
+    def reclaim(self) -> None:
+        """See Processor: blocks in pieces, which torch's allocator keeps, go back to the driver whole."""
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()
+
     def over(self, block: torch.Tensor, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """See Processor."""
         owner = _Owner(block, start, nbytes)

@@ -50,6 +50,9 @@ class Device(Protocol):
     generation: int
     patience: float  # seconds that a thread alone waits for room: nobody else's operators give any back
     on_room: weakref.WeakMethod[Callable[[], None]] | None
+    refused_bytes: (
+        int  # of weights that were to stay where operators compute, but there was no memory for them
+    )
 
     @property
     def pools(self) -> list[Pool]:
@@ -96,6 +99,9 @@ class Device(Protocol):
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
+
+    def reclaim(self) -> None:
+        """Wait until what was given back can be had by others."""
 
     def hurry(self) -> None:
         """Nobody waits for a first token any more."""

@@ -44,6 +44,8 @@ class Host:
     `tally` counts, thread by thread, what is read; `recorder`, if any, is told of every read.
     """
 
+    refused_bytes = 0
+
     def __init__(
         self,
         paths: Sequence[str],
@@ -110,6 +112,9 @@ class Host:
             self.residents.close()
         if self.window is not None:
             self.window.close()
+
+    def reclaim(self) -> None:
+        """Nothing: what is given back here goes to the kernel at once."""
 
     def hurry(self) -> None:
         """Get the places of residents ready soon: nobody waits for a first token any more."""

@@ -61,6 +61,9 @@ class Processor(Protocol):
     def allocated(self, nbytes: int) -> int:
         """Bytes of the device that a block of `nbytes` takes, as its allocator rounds."""
 
+    def reclaim(self) -> None:
+        """Wait for what the device was given, and let whoever asks have the memory of blocks that died."""
+
     def over(self, block: Any, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """Bytes of a block as a tensor, and an object that dies with its last view."""
 

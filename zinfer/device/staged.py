@@ -76,7 +76,7 @@ class StagedProcessor:
         self.races: list[str] = []
         self._total = nbytes
         self._limit: int | None = None
-        self._allocated = self.peak = 0
+        self._allocated = self._claimed = self.peak = 0
         self._delay = delay
         self._check = check
         self._lock = threading.RLock()
@@ -85,7 +85,19 @@ class StagedProcessor:
 
     def memory(self) -> tuple[int, int]:
         """Bytes that can be allocated now, and all there are."""
-        return self._total - self._allocated, self._total
+        return max(0, self._total - self._claimed - self._allocated), self._total
+
+    def claim(self, nbytes: int) -> None:
+        """Another process has taken `nbytes` of the memory, which this one cannot allocate; 0: it has ended."""
+        with self._lock:
+            self._claimed = nbytes
+
+    @property
+    def left(self) -> int:
+        """Bytes that this process can still allocate, within its limit."""
+        with self._lock:
+            most = self._total - self._claimed
+            return max(0, (most if self._limit is None else min(self._limit, most)) - self._allocated)
 
     def limit(self, nbytes: int | None) -> None:
         """See Processor."""
@@ -94,10 +106,9 @@ class StagedProcessor:
     def block(self, nbytes: int) -> Any:
         """See Processor."""
         with self._lock:
-            most = self._total if self._limit is None else min(self._limit, self._total)
-            if self._allocated + nbytes > most:
+            if nbytes > self.left:
                 raise BudgetError(
-                    f"the staged device has {most - self._allocated} of {most} bytes left, and {nbytes} are asked for"
+                    f"the staged device has {self.left} of {self._total} bytes left, and {nbytes} are asked for"
                 )
             self._allocated += nbytes
             self.peak = max(self.peak, self._allocated)
@@ -108,6 +119,15 @@ class StagedProcessor:
     def allocated(self, nbytes: int) -> int:
         """See Processor. There is no rounding."""
         return nbytes
+
+    def reclaim(self) -> None:
+        """See Processor. What was given back is held by the thread that plays the fences until then."""
+        event = StagedEvent()
+        with self._lock:
+            if self._closed:
+                return
+            self._worker("fence").put(event.reach)
+        event.wait()
 
     def over(self, block: Any, start: int, nbytes: int) -> tuple[torch.Tensor, Any]:
         """See Processor."""

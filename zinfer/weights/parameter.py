@@ -3,6 +3,7 @@
 Any torch operator that touches one runs with the real tensor instead. `__torch_function__` sees calls
 made from Python, `__torch_dispatch__` what slips past it (`weight.T`, scripted code). What an operator
 needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[i]`) from `source.rows`.
+Where memory runs out in one, the source gives some back, and it runs once more.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zinfer.errors import ReadOnlyError, ZinferError
+from zinfer.weights.shortage import ran_out
 from zinfer.weights.weight import Weight
 
 CPU = torch.device("cpu")
@@ -34,6 +36,14 @@ class WeightSource(Protocol):
 
     def done(self, weight: Weight) -> None:
         """Told when the operator that asked for all of `weight` has ended."""
+        ...
+
+    def relieve(self, weight: Weight, words: str) -> None:
+        """Give memory back: it ran out, as `words` say, in an operator that takes `weight` and will run once more."""
+        ...
+
+    def exhausted(self, weight: Weight, words: str) -> Exception:
+        """What to raise where memory ran out again then."""
         ...
 
 
@@ -97,7 +107,10 @@ class StreamedParameter(torch.Tensor):
         except BaseException as error:
             # Whoever keeps the error (a notebook keeps the last one) must not keep weights in the window with it.
             traceback.clear_frames(error.__traceback__)
-            raise
+            parameter = _repeatable(func, args, kwargs or {}) if ran_out(error) else None
+            if parameter is None:
+                raise
+            return _once_more(_run, func, args, kwargs or {}, parameter, str(error))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -107,7 +120,40 @@ class StreamedParameter(torch.Tensor):
             return _dispatch(func, args, kwargs or {})
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
+            parameter = _repeatable(func, args, kwargs or {}) if ran_out(error) else None
+            if parameter is None:
+                raise
+            return _once_more(_dispatch, func, args, kwargs or {}, parameter, str(error))
+
+
+def _repeatable(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StreamedParameter | None:
+    """A streamed parameter that `func` takes, if it can run twice: if it changes none of what it is given."""
+    name = getattr(func, "__name__", "").partition(".")[0]
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+    if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
+        return None
+    return next((leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is StreamedParameter), None)
+
+
+def _once_more(
+    run: Callable[..., Any],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parameter: StreamedParameter,
+    words: str,
+) -> Any:
+    """`run` what memory ran out for, after some was given back. What it held is gone: its frames were cleared."""
+    parameter.source.relieve(parameter.weight, words)
+    try:
+        return run(func, args, kwargs)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        if not ran_out(error):
             raise
+        raise parameter.source.exhausted(parameter.weight, str(error)) from error
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
