@@ -234,7 +234,9 @@ class Task:
         if key not in self.tiers:
             self.tiers[key] = divide_tiers(parts, there, self.offload, device)
         within = device - there.small_bytes - memory
-        return beside_caches(there.footprints, self.tiers[key], within, batch)
+        tiers = self.tiers[key]
+        planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
+        return beside_caches(there.footprints, tiers, within, max(parts.budget - planned, 0))
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""

@@ -312,7 +312,9 @@ class Residency:
         logger.debug("residents: %d leave, %d return", len(leave), len(join))
         weights = self._streaming.weights
         self._streaming.coordinator.change_residents(
-            [weights[index] for index in leave], [weights[index] for index in join], self._streaming.unsettle
+            [weights[index] for index in sorted(leave)],
+            [weights[index] for index in sorted(join)],
+            self._streaming.unsettle,
         )
         self._streaming.account = replace(self._streaming.account, residents=self._bytes(stay))
 
@@ -347,7 +349,7 @@ class Residency:
             weights[index] for index in sorted(placement.residents) if weights[index].placed is not None
         ]
         join = [weights[index] for index in sorted(now.residents)]
-        leave = [weights[index] for index in self._residents]
+        leave = [weights[index] for index in sorted(self._residents)]
         deadline = time.monotonic() + patience
         before = self._divided
         self._divided = False

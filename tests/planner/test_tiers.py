@@ -73,6 +73,13 @@ def test_what_caches_take_on_the_device_fewer_residents_leave_and_the_host_keeps
     assert left.host == tiers.host - left.device
     assert (left.host_bytes, left.host_window) == (tiers.host_bytes, tiers.host_window)
     assert beside_caches(weights, tiers, device) == tiers
+    spare = data.draw(st.integers(0, sum(w.window for w in weights)))
+    kept = beside_caches(weights, tiers, within, spare)
+    moved = kept.host - tiers.host
+    assert kept.device == left.device and moved <= tiers.device - left.device
+    assert kept.host_bytes - tiers.host_bytes == sum(weights[i].window for i in moved) <= spare
+    gone = tiers.device - kept.device - kept.host
+    assert all(weights[i].window > spare - kept.host_bytes + tiers.host_bytes for i in gone)
 
 
 def test_every_step_of_more_memory_makes_the_sweep_of_equal_weights_shorter_or_leaves_it():

@@ -181,13 +181,16 @@ class Coordinator:
             for weight in join:
                 weight.wants_residence = True
             for weight in leave:
-                weight.wants_residence = False
-                if weight.resident is not None:
-                    weight.resident = None
-                    on_leave(weight)
-                    if not weight.rows_only:
-                        self._trace.put_back(weight, lambda other: other.resident is not None)
+                self._unsettle(weight, on_leave)
                 self.device.release(weight)
+
+    def _unsettle(self, weight: Weight, on_leave: Callable[[Weight], None]) -> None:
+        weight.wants_residence = False
+        if weight.resident is not None:
+            weight.resident = None
+            on_leave(weight)
+            if not weight.rows_only:
+                self._trace.put_back(weight, lambda other: other.resident is not None)
 
     def renew_memory(
         self,
@@ -210,9 +213,11 @@ class Coordinator:
                 gc.collect()
                 if self.device.in_use:
                     return False
-            self.change_residents(leave, (), on_leave)
+            for weight in leave:
+                self._unsettle(weight, on_leave)
             self.device.renew_memory(places, join, window_bytes)
-            self.change_residents((), join, on_leave)
+            staying = set(join)
+            self.change_residents([weight for weight in leave if weight not in staying], join, on_leave)
             return True
 
     def close(self) -> None:

@@ -85,21 +85,28 @@ def place_on_tiers(
     )
 
 
-def beside_caches(weights: Sequence[Footprint], tiers: Tiers, within: int, rows: int = 1) -> Tiers:
-    """`tiers` in a run of `rows` sequences whose caches and activations leave `within` bytes of the device.
+def beside_caches(weights: Sequence[Footprint], tiers: Tiers, within: int, spare: int = 0) -> Tiers:
+    """`tiers` in a run whose caches and activations leave `within` bytes of the device.
 
-    Residents there go back to the drive, as in residency.py; what is in host memory stays as it is.
+    Residents there go to host memory as far as `spare` bytes that nothing was planned for go, else back to the drive,
+    as in residency.py and AttachedDevice.release.
     Raises BudgetError with the fewest bytes `within` that work.
     """
     if not weights:
         return tiers
     first = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
-    top = divided(weights, first, within, rows)
+    top = divided(weights, first, within)
+    moved, left = set[int](), spare
+    for index in sorted(tiers.device - top.residents):
+        if weights[index].window <= left:
+            moved.add(index)
+            left -= weights[index].window
     return replace(
         tiers,
         device=top.residents,
-        host=tiers.host - top.residents,
+        host=(tiers.host | moved) - top.residents,
         device_bytes=top.resident_bytes,
         device_window=top.window_bytes,
         device_conversions=top.transient_bytes,
+        host_bytes=tiers.host_bytes + spare - left,
     )
