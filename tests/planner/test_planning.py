@@ -342,8 +342,8 @@ def test_where_too_little_is_free_the_bytes_that_have_to_be_are_named(config, at
 
 
 def test_cache_and_activations_that_do_not_fit_name_the_bytes_that_have_to_be_free(config, at_hand):
-    at_hand[0] = 80 << 20
-    task = {"prompt": 1500, "new_tokens": 4}
+    at_hand[0] = 100 << 20
+    task = {"prompt": 2500, "new_tokens": 4}
     with pytest.raises(BudgetError, match=r"(\d+) bytes would have to be free") as refusal:
         zinfer.plan(config, **task)
     needed = int(re.search(r"(\d+) bytes would have to be free", str(refusal.value))[1])

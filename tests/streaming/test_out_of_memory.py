@@ -290,28 +290,28 @@ def test_threads_that_compute_meanwhile_get_the_same_tokens(where, llama, script
     dice, lock, last = random.Random(3), threading.Lock(), threading.local()
 
     def short() -> int:
-        with lock:  # one of a hundred fails, but never twice running
-            last.failed = not getattr(last, "failed", False) and dice.random() < 1 / 100
+        with lock:  # one of fifty fails, but never twice running
+            last.failed = not getattr(last, "failed", False) and dice.random() < 1 / 50
             return 3000 if last.failed else 0
 
     script.short = short
     results: list[object] = []
 
     def work() -> None:
-        for _ in range(3):
+        for _ in range(2):
             try:
                 results.append(tokens(model, count=8))
             except Exception as error:
                 results.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads), "threads wait for each other"
-    assert results == [expected] * 12
-    assert script.failed > 2
+    assert results == [expected] * 6
+    assert script.failed > 0
     assert model.zinfer.report().shortages == script.failed
     if where == "device":
         finish(model, processor)
