@@ -65,6 +65,7 @@ LAYERS = [
     "hardware_cache",
     "hardware_probe",
     "options",
+    "plan_task",
     "planning",
     "report",
     "runtime",

@@ -13,7 +13,7 @@ import zinfer
 from tests import architectures
 from tests.planner.machines import cpu, gpu
 from tests.streaming.test_attached import finish, staged
-from zinfer import BudgetError, streaming
+from zinfer import BudgetError, budgets
 from zinfer.dry_run import Recorder
 from zinfer.kv_cache import Pass, activation_bytes, prefills_in_chunks
 from zinfer.planner.chunks import SMALLEST_CHUNK, chunks_of
@@ -181,7 +181,7 @@ def test_a_conversation_goes_on_with_chunks(on_staged, ids):
 def test_on_the_cpu_what_the_machine_has_free_is_what_counts(llama, ids, monkeypatch):
     folder, reference = llama
     free = 26 * MIB
-    monkeypatch.setattr(streaming, "free_memory", lambda: free)
+    monkeypatch.setattr(budgets, "free_memory", lambda: free)
     with zinfer.run(folder, offload="nvme", max_memory={"cpu": 16 * MIB}) as model:
         assert_equal(model, reference, ids)
         chunk = chunk_said(model)
@@ -285,8 +285,8 @@ def test_the_largest_batch_of_a_plan_can_be_generated_on_a_device(llama, caplog)
 def test_the_largest_batch_of_a_plan_can_be_generated_on_the_cpu(llama, caplog, monkeypatch):
     folder, reference = llama
     free = 72 * MIB
-    monkeypatch.setattr(streaming, "free_memory", lambda: free)
-    monkeypatch.setattr(streaming, "total_memory", lambda: free)
+    monkeypatch.setattr(budgets, "free_memory", lambda: free)
+    monkeypatch.setattr(budgets, "total_memory", lambda: free)
     plan, model = plans_and_runs(folder, reference, cpu(host_memory=free), {"cpu": 60 * MIB}, PROMPT)
     assert plan.activation_bytes > 0
     assert "more than the machine has free" not in caplog.text
