@@ -13,7 +13,9 @@ from tests import architectures
 from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
+from zinfer.device.attached import _at_slab_edges
 from zinfer.device.staged import StagedProcessor
+from zinfer.pinned import Pool
 
 
 @pytest.fixture
@@ -129,6 +131,81 @@ def test_what_leaves_the_device_comes_from_host_memory_from_then_on(folder, tota
             )
             assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert processor.races == []
+
+
+def test_a_weight_that_leaves_again_is_not_read_again(folder, total, monkeypatch, nothing_left):
+    with run_within(folder, StagedProcessor(MEMORY), 4 * total, 4 * total, offload="nvme") as model:
+        model(IDS)
+        coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
+        some = [weight for weight in weights if not weight.rows_only][:3]
+        unsettle = model.zinfer._streaming.unsettle
+        expected = model(IDS).logits
+        coordinator.change_residents(some, (), unsettle)
+        assert torch.equal(model(IDS).logits, expected)
+        coordinator.change_residents((), some, unsettle)
+        read: list[Any] = []
+        monkeypatch.setattr(coordinator.device, "read", lambda *args: read.append(args))
+        assert torch.equal(model(IDS).logits, expected)
+        assert all(weight.resident is not None for weight in some)
+        coordinator.change_residents(some, (), unsettle)
+        assert torch.equal(model(IDS).logits, expected)
+        assert read == []
+        monkeypatch.undo()
+
+
+def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, total, nothing_left):
+    with run_within(folder, StagedProcessor(MEMORY), 4 * total, 4 * total, offload="nvme") as model:
+        model(IDS)
+        coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
+        device, unsettle = coordinator.device, model.zinfer._streaming.unsettle
+        first, second = [w for w in weights if w.name.endswith("down_proj.weight")][:2]
+        device._spare._left = first.layout.nbytes
+        coordinator.change_residents([first], (), unsettle)
+        coordinator.change_residents([second], (), unsettle)
+        assert (device.in_place(first), device.in_place(second)) == (True, False)
+        coordinator.change_residents((), [first], unsettle)
+        coordinator.change_residents((), [second], unsettle)
+        coordinator.change_residents([second], (), unsettle)
+        assert (device.in_place(first), device.in_place(second)) == (False, True)
+        assert device._spare._left == 0
+
+
+def test_threads_that_want_one_table_at_once_read_it_once(folder, total, monkeypatch, nothing_left):
+    with run_within(folder, StagedProcessor(MEMORY), 4 * total, 4 * total, offload="nvme") as model:
+        model(IDS)
+        coordinator = model.zinfer._streaming.coordinator
+        device, weight = coordinator.device, streamed_or_not(model)
+        coordinator.change_residents([weight], (), model.zinfer._streaming.unsettle)
+        reads, original, found = [], device.read, []
+        monkeypatch.setattr(device, "read", lambda *args, **how: reads.append(1) or original(*args, **how))
+        threads = [threading.Thread(target=lambda: found.append(device.bring(weight))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert found == [True] * 4 and len(reads) == 1
+        reads.clear()
+        monkeypatch.undo()
+
+
+def streamed_or_not(model: Any) -> Any:
+    return next(w for w in model.zinfer._streaming.weights if w.name.endswith("down_proj.weight"))
+
+
+def test_copies_end_at_the_edges_of_slabs():
+    slab = 2 << 20
+    pool = Pool(3 * slab, page_lock="off", slab_bytes=slab)
+    first, memory = pool.acquire(slab // 2), pool.acquire(2 * slab)
+    source = torch.frombuffer(memory, dtype=torch.uint8)
+    parts = _at_slab_edges(torch.empty(2 * slab, dtype=torch.uint8), source, pool)
+    assert [part.nbytes for _, part in parts] == [slab // 2, slab, slab // 2]
+    assert all(
+        (part.data_ptr() - pool.base_address) // slab
+        == (part.data_ptr() + part.nbytes - 1 - pool.base_address) // slab
+        for _, part in parts
+    )
+    assert [target.nbytes for target, _ in parts] == [part.nbytes for _, part in parts]
+    del first
 
 
 class Unlockable(StagedProcessor):

@@ -67,7 +67,9 @@ class AttachedDevice(Host):
         self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
         self._layouts: dict[Weight, Layout] = {}
         self._spare = Spare(spare)
-        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device, and a place for each
+        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
+        self._bringing = threading.RLock()
+        self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
         self._streams: list[Any] = []  # that operators run on, as far as is known
         self._arena: Arena | None = None
         self._copies: Copies | None = None
@@ -75,7 +77,7 @@ class AttachedDevice(Host):
         super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
             self._arena = Arena(processor, device_window) if device_window else None
-            self._warn_of_pageable_memory()
+            self._warn_of_pageable_memory(self.pools)
             self._copies = Copies(partial(_tell, weakref.ref(self)))
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
@@ -83,28 +85,26 @@ class AttachedDevice(Host):
             self.close()
             raise
 
-    def _warn_of_pageable_memory(self) -> None:
+    def _warn_of_pageable_memory(self, pools: Sequence[Pool]) -> None:
+        """Tell, once for each reason, that memory is not page-locked, and what that costs."""
         if not self.processor.page_locks:
             return
-        reasons = {pool.page_lock_reason for pool in self.pools if not pool.page_locked}
-        if not reasons:
-            return
-        rate = self._copy_rate()
-        cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
+        reasons = {pool.page_lock_reason for pool in pools if not pool.page_locked} - self._unlocked
         for reason in sorted(reasons):
+            self._unlocked.add(reason)
+            rate = self._pageable_rate()
+            cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
             note = f"host memory is not page-locked ({reason}): copies are slower{cost}, and block a thread"
             logger.warning("%s: %s", self.processor.name, note)
             self.fallbacks.append(note)
 
-    def _copy_rate(self) -> float | None:
-        """Bytes a second from the host's window to the device's, as they are; None without windows."""
-        if self.window is None or self._arena is None:
+    def _pageable_rate(self) -> float | None:
+        """Bytes a second of copies from ordinary memory; None where the device's window has no room to try it in."""
+        nbytes = min(TRIAL_BYTES, self.device_window)
+        lease = self._arena.acquire(nbytes) if self._arena is not None else None
+        if lease is None:
             return None
-        nbytes = min(TRIAL_BYTES, self.window.capacity, self._arena.capacity)
-        memory, lease = self.window.acquire(nbytes), self._arena.acquire(nbytes)
-        assert memory is not None and lease is not None
-        source = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
-        rates = []
+        source, rates = torch.ones(nbytes, dtype=torch.uint8), []
         for _ in range(TRIALS):
             started = time.perf_counter()
             self.processor.copy([(lease.bytes, source)], lease.after, urgent=True).wait()
@@ -135,7 +135,7 @@ class AttachedDevice(Host):
     @property
     def kept_bytes(self) -> int:
         """Bytes of weights that have come to stay in host memory."""
-        return sum(weight.nbytes for weight in list(self._kept))
+        return sum(weight.nbytes for weight in list(self._kept) if not weight.wants_residence)
 
     def close(self) -> None:
         """Drain every read and copy, and give the memory back as soon as the last tensor on it dies."""
@@ -152,13 +152,27 @@ class AttachedDevice(Host):
 
     def release(self, weight: Weight) -> None:
         """Find `weight` a place in host memory. That on the device is its own, and goes with the last tensor on it."""
-        if self.in_place(weight) or not self._spare.take(weight.layout.nbytes):
+        nbytes = weight.layout.nbytes
+        if self.in_place(weight) or not self._has_spare(nbytes):
             return
         try:
-            self._moved[weight] = Pool(weight.layout.nbytes, page_lock=self._page_lock)
+            pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
         except BudgetError as error:
-            self._spare.give(weight.layout.nbytes)
+            self._spare.give(nbytes)
             logger.warning("%r will stream from the drive: %s", weight.name, error)
+            return
+        weakref.finalize(pool, self._spare.give, nbytes).atexit = False
+        self._warn_of_pageable_memory([pool])
+
+    def _has_spare(self, nbytes: int) -> bool:
+        """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
+        for weight in [None, *(weight for weight in self._moved if weight.wants_residence)]:
+            if weight is not None:
+                self._kept.pop(weight, None)
+                del self._moved[weight]
+            if self._spare.take(nbytes):
+                return True
+        return False
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
@@ -189,7 +203,6 @@ class AttachedDevice(Host):
         The fetch goes on to the device once `lift` has found room for it there.
         """
         generation, in_place = self.generation, self.in_place(weight)
-        returns = weight.wants_residence and weight in self._moved
         memory, request = self._kept.get(weight), None
         if memory is None:
             place = self._place(weight, timeout)
@@ -202,7 +215,7 @@ class AttachedDevice(Host):
             weight,
             request,
             memory,
-            partial(self._start_copy, weight, in_place and not returns and request is not None),
+            partial(self._start_copy, weight, self._pool_of(weight), in_place and request is not None),
             partial(self._tensor_of, weight),
             self._follow,
             in_place=in_place,
@@ -210,8 +223,6 @@ class AttachedDevice(Host):
             generation=generation,
         )
         weight.fetch = weakref.ref(fetch)
-        if returns:
-            self._return(weight)
         return fetch
 
     def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
@@ -227,24 +238,26 @@ class AttachedDevice(Host):
         )
         return None if memory is None else (memory, memory.address)
 
-    def _return(self, weight: Weight) -> None:
-        """`weight` is on its way back to the device: its place on the host goes once it has been copied."""
-        self._kept.pop(weight, None)
-        weakref.finalize(self._moved.pop(weight), self._spare.give, weight.layout.nbytes).atexit = False
+    def _pool_of(self, weight: Weight) -> Pool | None:
+        """The mapping that `weight` is read into."""
+        if weight in self._moved:
+            return self._moved[weight]
+        return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
 
     def bring(self, weight: Weight) -> bool:
         """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
         if not self.in_place(weight) or weight.wants_residence:
             return False
-        if weight not in self._kept:
-            place = self._place(weight, self.patience)
-            if place is None:
-                return False
-            memory, address = place
-            request = self.read(weight.layout, memory, address, urgent=True)
-            self.note(request, weight.name, "demand")
-            request.wait()
-            self._kept[weight] = memory
+        with self._bringing:  # who comes second finds it there
+            if weight not in self._kept:
+                place = self._place(weight, self.patience)
+                if place is None:
+                    return False
+                memory, address = place
+                request = self.read(weight.layout, memory, address, urgent=True)
+                self.note(request, weight.name, "demand")
+                request.wait()
+                self._kept[weight] = memory
         return True
 
     def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
@@ -318,7 +331,9 @@ class AttachedDevice(Host):
             self._layouts[weight] = layout
         return layout
 
-    def _start_copy(self, weight: Weight, stays: bool, memory: Any, lease: Lease, urgent: bool) -> Event:
+    def _start_copy(
+        self, weight: Weight, pool: Pool | None, stays: bool, memory: Any, lease: Lease, urgent: bool
+    ) -> Event:
         """Start to copy `weight` from `memory`; it stays there afterwards, or that goes back once it was copied."""
         self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
         if stays:
@@ -331,30 +346,17 @@ class AttachedDevice(Host):
                 if placed.nbytes:
                     source = torch.frombuffer(memory, dtype=torch.uint8, count=placed.nbytes, offset=here)
                     target = lease.bytes[there : there + placed.nbytes]
-                    moves += self._at_slab_edges(target, source)
+                    moves += _at_slab_edges(target, source, pool)
                     del source
             event = self.processor.copy(moves, lease.after, urgent=urgent)
         lease.copied(event)
-        sources = [memory]
+        sources = [memory, pool]  # the pool too: it counts as used until then
         moves.clear()
         if self._copies is not None:
             self._copies.started(event, sources)
         if self._recorder is not None:
             self._recorder.copying(weight.name, event)
         return event
-
-    def _at_slab_edges(
-        self, target: torch.Tensor, source: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The copy in parts: each slab of a pool is a registration of its own with the driver (see Pool)."""
-        first = source.data_ptr()
-        for pool in self.pools:
-            if 0 <= first - pool.base_address < pool.capacity:
-                step = pool.slab_bytes
-                edge = step - (first - pool.base_address) % step
-                cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
-                return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
-        return [(target, source)]
 
     def _follow(self, event: Event, lease: Lease) -> None:
         self.processor.follow(event)
@@ -375,6 +377,18 @@ class AttachedDevice(Host):
             leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
             value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
             return flagged(value, weight.requires_grad), self.processor.fence(self.processor.stream())
+
+
+def _at_slab_edges(
+    target: torch.Tensor, source: torch.Tensor, pool: Pool | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The copy in parts: each slab of a pool is a registration of its own with the driver (see Pool)."""
+    if pool is None:
+        return [(target, source)]
+    step = pool.slab_bytes
+    edge = step - (source.data_ptr() - pool.base_address) % step
+    cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
+    return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
 
 
 class Spare:
