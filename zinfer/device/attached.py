@@ -155,10 +155,17 @@ class AttachedDevice(Host):
         if self.in_place(weight) or not self._spare.take(weight.layout.nbytes):
             return
         try:
-            self._moved[weight] = Pool(weight.layout.nbytes, page_lock=self._page_lock)
+            with self.processor.current():
+                self._moved[weight] = Pool(weight.layout.nbytes, page_lock=self._page_lock)
         except BudgetError as error:
             self._spare.give(weight.layout.nbytes)
             logger.warning("%r will stream from the drive: %s", weight.name, error)
+
+    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """See Device. What a conversion made, operators may read on any stream; of leases, their arenas take care."""
+        if weight.placed is None:
+            for stream in list(self._streams):
+                self.processor.used(tensor, stream)
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
@@ -356,10 +363,14 @@ class AttachedDevice(Host):
                 return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
         return [(target, source)]
 
-    def _follow(self, event: Event, lease: Lease) -> None:
+    def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
+        """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""
         self.processor.follow(event)
         self.enter()
-        lease.used_on(self.processor.stream())
+        stream = self.processor.stream()
+        lease.used_on(stream)
+        if made is not None:
+            self.processor.used(made, stream)
 
     def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
         """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""
