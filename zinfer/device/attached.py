@@ -16,7 +16,7 @@ import torch
 from zinfer.device.arena import Arena, Lease
 from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of
+from zinfer.device.host import Host, flagged, view_of, why_pageable
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.errors import BudgetError
@@ -86,7 +86,7 @@ class AttachedDevice(Host):
     def _warn_of_pageable_memory(self) -> None:
         if not self.processor.page_locks:
             return
-        reasons = {pool.page_lock_reason for pool in self.pools if not pool.page_locked}
+        reasons = {why_pageable(pool) for pool in self.pools if not pool.page_locked}
         if not reasons:
             return
         rate = self._copy_rate()

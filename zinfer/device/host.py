@@ -198,6 +198,15 @@ class Host:
                 )
 
 
+def why_pageable(pool: Pool) -> str:
+    """Why `pool` could not be page-locked, and what would help."""
+    if torch.version.hip is not None:
+        return (
+            "this torch is built for ROCm, and in this version zinfer page-locks through CUDA's runtime alone"
+        )
+    return pool.page_lock_reason
+
+
 def flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     """`value` as a leaf with that flag. Detached first: of a view, views (weight.t()) ask their common base."""
     return value.detach().requires_grad_(requires_grad)
