@@ -72,11 +72,12 @@ class AttachedDevice(Host):
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
-        super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        with processor.current():  # memory is page-locked through it
+            super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
             self._arena = Arena(processor, device_window) if device_window else None
             self._warn_of_pageable_memory()
-            self._copies = Copies(partial(_tell, weakref.ref(self)))
+            self._copies = Copies(partial(_tell, weakref.ref(self)), processor.current)
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
         except BaseException:
