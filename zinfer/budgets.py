@@ -54,7 +54,7 @@ def host_budget(ceiling: int | None, spare: int) -> int:
 
 def device_budget(processor: Processor, ceiling: int | None) -> int:
     """Bytes that may be allocated on the device. Raises BudgetError for a ceiling above what it has."""
-    free, total = processor.memory()
+    free, total = processor.free(), processor.memory()[1]
     key = f"max_memory[{processor.torch_device.index or 0}]"
     if ceiling is not None and ceiling > total:
         raise BudgetError(

@@ -39,7 +39,7 @@ class CachesOnHost:
         page_lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
         self._weights = host.residents + host.window + host.conversions + host.small + host.bounce
         self._ceiling = host.ceiling
-        self._space = Space(host.ceiling - self._weights, page_lock=page_lock)
+        self._space = Space(host.ceiling - self._weights, page_lock=page_lock, current=processor.current)
         self._processor = processor
         self._recorder = recorder
         self._config: Any = model.config

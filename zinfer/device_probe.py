@@ -157,7 +157,8 @@ def _host_rate(processor: Processor) -> tuple[float, str]:
     """Bytes a second from the pinned pool to the device, and what kind of memory the pool had."""
     lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
     extent = max(1 << 20, min(EXTENT_BYTES, processor.memory()[0] // (4 * EXTENTS)))
-    pool = Pool(EXTENTS * extent, page_lock=lock)
+    with processor.current():
+        pool = Pool(EXTENTS * extent, page_lock=lock)
     started: list[Event] = []
     try:
         block = processor.block(EXTENTS * extent)

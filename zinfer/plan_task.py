@@ -198,7 +198,7 @@ class Task:
         there, overhead, most = "max_memory[0]", 0, self.hardware.device_memory
         if self.there is not None:
             there, overhead = f"max_memory[{self.there.number}]", self.there.processor.overhead
-            most = max(self.there.processor.memory()[0], device + overhead)
+            most = max(self.there.processor.free(), device + overhead)
         weights = "the whole model" if self.offload == "none" else "the largest operator"
         what = f"cache, activations, small tensors and {weights} take {needed} bytes of the device"
         if needed + overhead > most:

@@ -90,6 +90,32 @@ def test_caches_in_host_memory_need_a_device(llama, command, monkeypatch):
     assert "kv_offload='cpu' has no effect where the CPU computes" in err
 
 
+def test_it_computes_where_it_is_told(llama, command, monkeypatch, tmp_path):
+    _, text = expected_ids(llama, PROMPT, 4)
+    asked = []
+
+    def chosen(device, **_):
+        asked.append(device)
+        return StagedProcessor(1 << 30)
+
+    monkeypatch.setattr(sys.modules["zinfer.run"], "processor_for", chosen)
+    path = tmp_path / "report.json"
+    arguments = (
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cuda:0",
+        "--max-memory",
+        "0=100MiB",
+        "--json",
+        str(path),
+    )
+    status, out, _ = command("run", llama, "--prompt", PROMPT, *arguments)
+    assert (status, out, asked) == (0, text + "\n", ["cuda:0"])
+    device = json.loads(path.read_text())["report"]["device"]
+    assert (device["name"], device["budget"]) == ("staged", 100 << 20)
+
+
 def test_sampling_repeats_with_its_seed(llama, command):
     torch.manual_seed(7)
     settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
@@ -184,6 +210,8 @@ def test_a_budget_too_small_names_the_smallest_that_works(llama, command, nothin
         (["run", "MODEL", "--ids", "1,x"], 2, "1,x"),
         (["run", "MODEL", "--ids", "1,272"], 2, "vocabulary of 272"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "3GiB"], 2, "cpu=3GiB"),
+        (["run", "MODEL", "--prompt", "x", "--device", "abacus"], 2, "device='abacus'"),
+        (["run", "MODEL", "--prompt", "x", "--device", "cuda:99"], 2, "device='cuda:99'"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "0=3GiB"], 2, "CPU"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "cpu=much"], 2, "much"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "cpu=1GB", "--max-memory", "cpu=2GB"], 2, "twice"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from tests import architectures
 from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
+from zinfer.device import attached, host, residents
 from zinfer.device.attached import _at_slab_edges
 from zinfer.device.staged import StagedProcessor
+from zinfer.kv_offload import space
 from zinfer.pinned import Pool
 
 
@@ -232,3 +236,107 @@ def test_a_resident_that_the_device_has_no_memory_for_streams_and_that_is_told(f
             for _ in range(3):
                 assert torch.equal(model(IDS).logits, reference(IDS).logits)
         assert any("short of memory" in line for line in model.zinfer.report().fallbacks)
+
+
+class OneStreamAThread(StagedProcessor):
+    """Writes down which streams it was told to read what others made: `told`, as address and stream."""
+
+    def __init__(self) -> None:
+        super().__init__(MEMORY)
+        self.told: list[tuple[int, Any]] = []
+
+    def stream(self) -> Any:
+        """See Processor."""
+        return threading.current_thread().name
+
+    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See Processor."""
+        self.told.append((tensor.data_ptr(), stream))
+
+
+def on_thread(name: str, work: Any) -> None:
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_a_conversion_made_is_kept_for_every_stream_that_it_is_given_to(folder, dtype, nothing_left):
+    processor = OneStreamAThread()
+    with run_within(folder, processor, 1, 1, offload="nvme", dtype=dtype) as model:
+        weight = streamed(model)
+        fetch = start(model, weight)
+        tensor = fetch.wait()
+        assert processor.told == [], "its own stream needs nothing"
+        on_thread("second", fetch.wait)
+        converted = weight.placed is None
+        assert converted == (dtype == "bfloat16")
+        assert processor.told == ([(tensor.data_ptr(), "second")] if converted else [])
+        del fetch, tensor
+
+
+def test_a_resident_that_a_conversion_made_leaves_when_all_streams_are_done(folder, total, nothing_left):
+    processor = OneStreamAThread()
+    with run_within(folder, processor, 4 * total, 2 * total, offload="nvme", dtype="bfloat16") as model:
+        model(IDS)
+        on_thread("second", lambda: model(IDS))
+        streaming = model.zinfer._streaming
+        weight = next(w for w in streaming.weights if w.resident is not None and w.placed is None)
+        address = weight.resident.data_ptr()
+        processor.told.clear()
+        streaming.coordinator.change_residents([weight], [], streaming.unsettle)
+        assert weight.resident is None
+        assert sorted(processor.told) == sorted(
+            (address, name) for name in (threading.current_thread().name, "second")
+        )
+
+
+class Chosen(StagedProcessor):
+    """Knows which threads have chosen it, and makes pools that tell of those which have not."""
+
+    def __init__(self) -> None:
+        super().__init__(MEMORY)
+        self.threads: set[str] = set()  # that have chosen it at some time
+        self.pools: list[bool] = []  # whether the thread had, of each pool
+        self._mine = threading.local()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """See Processor."""
+        self.threads.add(threading.current_thread().name)
+        self._mine.chosen = True
+        try:
+            yield
+        finally:
+            self._mine.chosen = False
+
+    def pool(self, *args: Any, **options: Any) -> Pool:
+        """A pool."""
+        self.pools.append(getattr(self._mine, "chosen", False))
+        return Pool(*args, **options)
+
+
+@pytest.mark.parametrize("kv_offload", [None, "cpu"])
+def test_the_device_is_chosen_where_its_runtime_is_asked(
+    folder, total, kv_offload, monkeypatch, nothing_left
+):
+    processor = Chosen()
+    for module in (attached, host, residents, space):
+        monkeypatch.setattr(module, "Pool", processor.pool)
+    options = {"offload": "nvme", "kv_offload": kv_offload}
+    with run_within(folder, processor, int(total * 0.9), 4 * total, **options) as model:
+        at_first = len(processor.pools)
+        model(IDS[:1, :2])
+        cache = model(torch.arange(200).reshape(20, 10), use_cache=True).past_key_values
+        assert len(processor.pools) > at_first, "nothing went to host memory: the test proves nothing"
+        assert all(processor.pools)
+        assert {"zinfer-copy", "zinfer-copied"} <= processor.threads
+        del cache
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be page-locked here")
+def test_on_rocm_nobody_is_sent_to_install_cuda(folder, total, monkeypatch, nothing_left):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with run_within(folder, Unlockable(MEMORY), total // 2, 1, offload="nvme") as model:
+        (note,) = [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+    assert "ROCm" in note and "CUDA build" not in note

@@ -53,14 +53,14 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def run_within(folder: str, device: int, host: int, *, poison: bool = False):
+def run_within(folder: str, device: int, host: int, *, poison: bool = False, dtype: str = "auto"):
     """Stream within `device` and `host` bytes, or within the fewest that work."""
     processor = WithoutLimit(CUDA, poison=poison)
     number, overhead = processor.torch_device.index or 0, processor.overhead
     for _ in range(4):
         sizes = {number: overhead + device, "cpu": host}
         try:
-            return zinfer.run(folder, device=processor, offload="nvme", max_memory=sizes)
+            return zinfer.run(folder, device=processor, offload="nvme", max_memory=sizes, dtype=dtype)
         except zinfer.BudgetError as error:
             assert error.smallest is not None
             if "max_memory['cpu'] to that" in str(error):
@@ -131,16 +131,17 @@ def test_sweeps_with_recycled_memory_poisoned_give_the_same_logits(saved):
             assert torch.equal(model(ids).logits, expected)
 
 
-def test_threads_with_streams_of_their_own_share_the_device(saved):
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])  # the checkpoint's; converted at each use
+def test_threads_with_streams_of_their_own_share_the_device(saved, dtype):
     folder = saved("llama")
-    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval().to(CUDA)
+    reference = architectures.ALL["llama"][0].from_pretrained(folder, dtype=dtype).eval().to(CUDA)
     half = architectures.parameter_bytes(reference) // 2
     with torch.no_grad():
         expected = [reference(IDS[:1, : 1 + n].to(CUDA)).logits for n in range(2)]
     torch.cuda.synchronize()
     wrong: list[str] = []
     for _ in range(5):  # the first sweeps, in which residents come, are those that threads could get wrong
-        with run_within(folder, half, half, poison=True) as model:
+        with run_within(folder, half, half, poison=True, dtype=dtype) as model:
 
             def work(number: int, model=model) -> None:
                 try:
@@ -189,6 +190,40 @@ def test_a_budget_above_the_card_is_refused(saved):
     number = torch.cuda.current_device()
     with pytest.raises(zinfer.BudgetError, match="ask for at most"):
         zinfer.run(saved("llama"), device="cuda", max_memory={number: "64TiB"})
+
+
+def test_what_the_process_has_already_does_not_count_against_a_limit(saved):
+    folder = saved("llama")
+    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval().to(CUDA)
+    taken = torch.empty(torch.cuda.mem_get_info()[0] // 2, dtype=torch.uint8, device=CUDA)
+    processor = CudaProcessor(CUDA)
+    before = processor.memory()[0]
+    sizes = {processor.torch_device.index: processor.overhead + (256 << 20)}
+    with zinfer.run(folder, device=processor, offload="nvme", max_memory=sizes) as model:
+        assert same(results(reference, "llama"), results(model, "llama"))
+        assert CudaProcessor(CUDA).memory()[0] < (1 << 30), "more seems to be free than can be allocated"
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 30, dtype=torch.uint8, device=CUDA)
+        block = processor.block(100 << 20)
+        del block
+    del model
+    gc.collect()
+    assert processor.memory()[0] >= before - (256 << 20), "the limit outlives the model"
+    del taken
+
+
+def test_a_limit_is_lifted_to_what_there_was_before():
+    if not hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        pytest.skip("this torch does not tell")
+    torch.cuda.set_per_process_memory_fraction(0.75)
+    try:
+        processor = CudaProcessor(CUDA)
+        processor.limit(1 << 30)
+        assert torch.cuda.get_per_process_memory_fraction() < 0.75
+        processor.limit(None)
+        assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(0.75)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_a_card_that_is_not_there_is_refused(saved):

@@ -16,7 +16,7 @@ import torch
 from zinfer.device.arena import Arena, Lease
 from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of
+from zinfer.device.host import Host, flagged, view_of, why_pageable
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.errors import BudgetError
@@ -74,11 +74,12 @@ class AttachedDevice(Host):
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
-        super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        with processor.current():  # memory is page-locked through it
+            super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
             self._arena = Arena(processor, device_window) if device_window else None
             self._warn_of_pageable_memory(self.pools)
-            self._copies = Copies(partial(_tell, weakref.ref(self)))
+            self._copies = Copies(partial(_tell, weakref.ref(self)), processor.current)
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
         except BaseException:
@@ -89,7 +90,7 @@ class AttachedDevice(Host):
         """Tell, once for each reason, that memory is not page-locked, and what that costs."""
         if not self.processor.page_locks:
             return
-        reasons = {pool.page_lock_reason for pool in pools if not pool.page_locked} - self._unlocked
+        reasons = {why_pageable(pool) for pool in pools if not pool.page_locked} - self._unlocked
         for reason in sorted(reasons):
             self._unlocked.add(reason)
             rate = self._pageable_rate()
@@ -156,7 +157,8 @@ class AttachedDevice(Host):
         if self.in_place(weight) or not self._has_spare(nbytes):
             return
         try:
-            pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
+            with self.processor.current():
+                pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
         except BudgetError as error:
             self._spare.give(nbytes)
             logger.warning("%r will stream from the drive: %s", weight.name, error)
@@ -173,6 +175,12 @@ class AttachedDevice(Host):
             if self._spare.take(nbytes):
                 return True
         return False
+
+    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """See Device. What a conversion made, operators may read on any stream; of leases, their arenas take care."""
+        if weight.placed is None:
+            for stream in list(self._streams):
+                self.processor.used(tensor, stream)
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
@@ -358,10 +366,14 @@ class AttachedDevice(Host):
             self._recorder.copying(weight.name, event)
         return event
 
-    def _follow(self, event: Event, lease: Lease) -> None:
+    def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
+        """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""
         self.processor.follow(event)
         self.enter()
-        lease.used_on(self.processor.stream())
+        stream = self.processor.stream()
+        lease.used_on(stream)
+        if made is not None:
+            self.processor.used(made, stream)
 
     def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
         """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""

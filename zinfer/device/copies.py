@@ -7,6 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from zinfer.device.processor import Event
@@ -24,16 +25,20 @@ class Copies:
     """Starts the copies of fetches, in the order in which they were added, as their reads land; frees what was copied.
 
     One thread waits for reads, another for copies. Neither keeps a fetch that everybody else has dropped.
-    `on_room` is called, on the second, when host memory came free. Any thread may call any method.
+    `on_room` is called, on the second, when host memory came free. Both run within `current`: see Processor. Any thread
+    may call any method.
     """
 
-    def __init__(self, on_room: Callable[[], object]) -> None:
+    def __init__(
+        self, on_room: Callable[[], object], current: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self._on_room = on_room
+        self._current = current
         self._fetches: queue.SimpleQueue[weakref.ref[LiftedFetch] | None] = queue.SimpleQueue()
         self._flying: queue.SimpleQueue[tuple[Event, list[Any]] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
+            threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
             for work, name in ((self._start_copies, "zinfer-copy"), (self._free_sources, "zinfer-copied"))
         ]
         for thread in self._threads:
@@ -60,6 +65,10 @@ class Copies:
         self._flying.put(None)
         if me is not freeing:
             freeing.join()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        with self._current():
+            work()
 
     def _start_copies(self) -> None:
         while (reference := self._fetches.get()) is not None:

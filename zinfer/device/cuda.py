@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +16,8 @@ from zinfer.errors import BudgetError
 from zinfer.weights.layout import round_up
 
 MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
+BFLOAT16_CAPABILITY = 8  # of NVIDIA's, which compute with bfloat16 from there on; AMD's begin above
 WORKSPACE = 64 << 20  # bytes that cuBLAS allocates for itself, through torch, a stream
-_limits: dict[int, dict[int, int]] = {}  # of each device, bytes for each processor that limits it
-_limits_lock = threading.Lock()
 # torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp): blocks of up to SMALL bytes lie in segments of
 # SMALL_SEGMENT bytes, those below LARGE in segments of SEGMENT, and larger ones are rounded up to multiples of STEP.
 SMALL, SMALL_SEGMENT, LARGE, SEGMENT, STEP = 1 << 20, 2 << 20, 10 << 20, 20 << 20, 2 << 20
@@ -24,6 +25,22 @@ PARTLY_FILLED = (
     SEGMENT + SMALL_SEGMENT + STEP
 )  # bytes: the last segment of either kind, and the rounding of the window
 URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
+
+
+@dataclass
+class _Limits:
+    """Of one device, for which torch knows one limit: a share of it, and whatever torch has reserved there counts."""
+
+    each: dict[int, int] = field(default_factory=dict)  # bytes for each processor that limits it
+    # bytes that torch had reserved when the first of them came, cuBLAS's workspace perhaps among them
+    others: int = 0
+    before: float = 1.0  # the share that held then, and holds again after the last
+    share: float = 1.0  # the share that holds
+    in_force: bool = False
+
+
+_limits: dict[int, _Limits] = {}  # by device
+_limits_lock = threading.RLock()  # a finalizer may lift a limit inside a function here
 
 
 def allocated_by_torch(nbytes: int) -> int:
@@ -35,6 +52,19 @@ def allocated_by_torch(nbytes: int) -> int:
     return -(-segment // (segment // rounded))
 
 
+def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Run what any model runs on `device`: a driver loads kernels at their first use, into memory nobody allocated."""
+    with torch.no_grad():
+        square = torch.ones(64, 64, device=device)
+        torch.mm(square, square)
+        square = square.to(dtype)
+        ids = torch.zeros(1, 64, dtype=torch.long, device=device)
+        states = torch.nn.functional.linear(torch.nn.functional.embedding(ids, square), square)
+        heads = states.view(1, 1, 64, 64)
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        torch.softmax(states.float(), -1)
+
+
 class CudaEvent:
     """See Event. `origin`: an event and the moment it was reached, to tell times by; None: no times are kept."""
 
@@ -44,6 +74,11 @@ class CudaEvent:
         timed = origin is not None
         self.begun = torch.cuda.Event(enable_timing=True) if timed else None
         self.event = torch.cuda.Event(enable_timing=timed, blocking=True)  # whoever waits sleeps
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are kept."""
+        return self._origin is not None
 
     @property
     def done(self) -> bool:
@@ -101,9 +136,9 @@ class CudaProcessor:
             self._origin = origin, time.perf_counter()
 
     def _measured_overhead(self) -> int:
-        """What the driver says is used and torch did not allocate, once a kernel of cuBLAS has run."""
-        probe = torch.ones(64, 64, device=self.torch_device)
-        torch.mm(probe, probe)
+        """What the driver says is used and torch did not allocate, once what any model runs has run."""
+        modern = torch.cuda.get_device_capability(self.torch_device)[0] >= BFLOAT16_CAPABILITY
+        load_kernels(self.torch_device, torch.bfloat16 if modern else torch.float16)
         torch.cuda.synchronize(self.torch_device)
         free, total = torch.cuda.mem_get_info(self.torch_device)
         outside = total - free - torch.cuda.memory_reserved(self.torch_device)
@@ -111,26 +146,65 @@ class CudaProcessor:
             min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE + PARTLY_FILLED
         )  # others' memory counts in `outside` too
 
+    def current(self) -> AbstractContextManager[Any]:
+        """See Processor."""
+        return torch.cuda.device(self.torch_device)
+
     def memory(self) -> tuple[int, int]:
         """See Processor. What torch's allocator holds without using it counts as free."""
+        with _limits_lock:
+            return self._left(self._share()), torch.cuda.mem_get_info(self.torch_device)[1]
+
+    def free(self) -> int:
+        """See Processor. A share that somebody else has set for this process holds here too."""
+        with _limits_lock:
+            limits = _limits.get(self.torch_device.index)
+            return self._left(limits.before if limits is not None and limits.in_force else self._share())
+
+    def _left(self, share: float) -> int:
+        """Bytes that torch can allocate where it may have `share` of the device."""
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        idle = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return free + idle, total
+        allocated = torch.cuda.memory_allocated(self.torch_device)
+        idle = torch.cuda.memory_reserved(self.torch_device) - allocated
+        return max(0, min(free + idle, int(share * total) - allocated))
+
+    def _share(self) -> float:
+        """The share of the device that torch may have now."""
+        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 may lack it
+            return torch.cuda.get_per_process_memory_fraction(self.torch_device)
+        limits = _limits.get(self.torch_device.index)
+        return limits.share if limits is not None and limits.in_force else 1.0
 
     def limit(self, nbytes: int | None) -> None:
         """See Processor: of what torch allocates, whoever asks; cuBLAS's workspace and segments not full besides.
 
-        torch knows one limit a device: that is the sum over the models which compute there.
+        torch knows one limit a device: that is the sum over the models which compute there, and what the process had
+        there before the first of them. What it takes besides later counts against them.
         """
         with _limits_lock:
-            limits = _limits.setdefault(self.torch_device.index, {})
+            limits = _limits.setdefault(self.torch_device.index, _Limits())
             if nbytes is None:
-                limits.pop(id(self), None)
+                if limits.each.pop(id(self), None) is None:
+                    return
             else:
-                limits[id(self)] = nbytes
-            total = torch.cuda.mem_get_info(self.torch_device)[1]
-            share = min(1.0, (sum(limits.values()) + WORKSPACE + PARTLY_FILLED) / total) if limits else 1.0
-            torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+                limits.each[id(self)] = nbytes  # first: now no finalizer can find that nobody has a limit
+                if not limits.in_force:
+                    torch.cuda.empty_cache()  # what is idle can be had anew: it is nobody's
+                    limits.before = self._share()
+                    limits.others = torch.cuda.memory_reserved(self.torch_device)
+            self._enforce(limits)
+
+    def _enforce(self, limits: _Limits) -> None:
+        """Tell torch; once more where a finalizer that ran meanwhile on this thread has lifted a limit."""
+        total = torch.cuda.mem_get_info(self.torch_device)[1]
+        while True:
+            each = dict(limits.each)
+            most = limits.others + sum(each.values()) + WORKSPACE + PARTLY_FILLED
+            limits.share = min(limits.before, most / total) if each else limits.before
+            torch.cuda.set_per_process_memory_fraction(limits.share, self.torch_device)
+            limits.in_force = bool(each)
+            if limits.each == each:
+                return
 
     def block(self, nbytes: int) -> torch.Tensor:
         """See Processor."""
@@ -208,6 +282,11 @@ class CudaProcessor:
         end = CudaEvent(None)
         end.event.record(stream)
         return end
+
+    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See Processor. torch does nothing where the memory is not its own."""
+        with torch.no_grad():
+            tensor.record_stream(stream)
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor."""

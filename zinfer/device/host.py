@@ -113,6 +113,9 @@ class Host:
         if self.window is not None:
             self.window.close()
 
+    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """Nothing: operators have run when they return."""
+
     def reclaim(self) -> None:
         """Nothing: what is given back here goes to the kernel at once."""
 
@@ -193,6 +196,15 @@ class Host:
                     f"{file}: the file was altered while it was streamed; results after this point could be "
                     "wrong. Restore it, then call zinfer.run again"
                 )
+
+
+def why_pageable(pool: Pool) -> str:
+    """Why `pool` could not be page-locked, and what would help."""
+    if torch.version.hip is not None:
+        return (
+            "this torch is built for ROCm, and in this version zinfer page-locks through CUDA's runtime alone"
+        )
+    return pool.page_lock_reason
 
 
 def flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:

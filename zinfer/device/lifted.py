@@ -31,7 +31,7 @@ class LiftedFetch:
         memory: Any,
         start_copy: Callable[[Any, Lease, bool], Event],
         finish: Callable[[Lease], tuple[torch.Tensor, Event | None]],
-        follow: Callable[[Event, Lease], None],
+        follow: Callable[[Event, Lease, torch.Tensor | None], None],
         *,
         in_place: bool,
         settles: bool,
@@ -90,7 +90,8 @@ class LiftedFetch:
         with self._lock:
             lease, event = self.lease, self._event
             assert lease is not None and event is not None
-            self._follow(event, lease)
+            # What a conversion made is the memory of the stream that made it, and may be given to another here.
+            self._follow(event, lease, self._tensor if self.weight.placed is None else None)
             if self._tensor is None:
                 self._tensor, made = self._finish(lease)
                 self._event = event = made or event

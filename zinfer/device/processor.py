@@ -9,6 +9,7 @@ into it will wait for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,10 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Block the calling thread, without the GIL, until it has been reached."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether `started` and `finished` will be known."""
 
     @property
     def started(self) -> float | None:
@@ -49,8 +54,14 @@ class Processor(Protocol):
     overhead: int  # bytes that running anything there takes besides what is allocated
     keeps_residue: bool  # operators depend on addresses modulo layout.VECTOR, as a CPU's do
 
+    def current(self) -> AbstractContextManager[Any]:
+        """The device is the calling thread's, meanwhile, for calls of its runtime that name none."""
+
     def memory(self) -> tuple[int, int]:
-        """Bytes that can be allocated now, and all that the device has."""
+        """Bytes that can be allocated now, within the limits of all models there, and all that the device has."""
+
+    def free(self) -> int:
+        """Bytes that can be allocated now but for those limits: what one model more may have."""
 
     def limit(self, nbytes: int | None) -> None:
         """Refuse, from now on, to let this process allocate more than `nbytes`; None: no limit any more."""
@@ -96,6 +107,12 @@ class Processor(Protocol):
 
     def fence(self, stream: Any) -> Event:
         """An event reached when all that `stream` was given so far has run."""
+
+    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Operators on `stream` read `tensor`, which others made: its memory is not used anew before they have run.
+
+        For memory that is not a block's: an operator's result.
+        """
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more."""

@@ -15,6 +15,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ def no_delay(kind: str) -> float:
 
 class StagedEvent:
     """See Event. An error that kept it from being reached is raised by wait()."""
+
+    timed = True
 
     def __init__(self, transferred: int | None = None) -> None:
         self.transferred = transferred
@@ -83,9 +86,17 @@ class StagedProcessor:
         self._closed = False
         self._jobs: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
 
+    def current(self) -> AbstractContextManager[Any]:
+        """See Processor. There is nothing to choose."""
+        return nullcontext()
+
     def memory(self) -> tuple[int, int]:
         """Bytes that can be allocated now, and all there are."""
         return max(0, self._total - self._claimed - self._allocated), self._total
+
+    def free(self) -> int:
+        """See Processor."""
+        return self.memory()[0]
 
     def claim(self, nbytes: int) -> None:
         """Another process has taken `nbytes` of the memory, which this one cannot allocate; 0: it has ended."""
@@ -167,6 +178,9 @@ class StagedProcessor:
         event = StagedEvent()
         event.reach()
         return event
+
+    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+        """See Processor. Operators have run when they return."""
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor. As if a kernel still read it: reached late, and then nothing may have changed."""

@@ -6,8 +6,11 @@ import logging
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+from zinfer.device.host import why_pageable
 from zinfer.device.processor import Event
 from zinfer.errors import BudgetError, ClosedError
 from zinfer.pinned import Pool
@@ -23,11 +26,19 @@ PAGE = 4096  # bytes that a pool rounds up to
 class Space:
     """At most `limit` bytes of host memory for the caches of one model. Any thread may call any method.
 
-    Regions return when the last view of them dies, and not before the copies they were held for have ended.
+    Regions return when the last view of them dies, and not before the copies they were held for have ended. `current`
+    is that of the processor which copies.
     """
 
-    def __init__(self, limit: int, *, page_lock: Literal["auto", "off"]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *,
+        page_lock: Literal["auto", "off"],
+        current: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         self.limit = limit
+        self._current = current
         self._page_lock: Literal["auto", "off"] = page_lock
         self._pools: list[Pool] = []
         self._flying: deque[tuple[Event, list[Any]]] = deque()
@@ -103,12 +114,13 @@ class Space:
         if nbytes > room:
             return None
         step = max(nbytes, min(have // STEP_SHARE, LARGEST_STEP, room) // PAGE * PAGE)
-        pool = Pool(step, page_lock=self._page_lock)
+        with self._current():
+            pool = Pool(step, page_lock=self._page_lock)
         if self._page_lock == "auto" and not pool.page_locked and not self._warned:
             self._warned = True
             logger.warning(
                 "memory for key-value caches could not be page-locked (%s): its copies are slower and block a thread",
-                pool.page_lock_reason,
+                why_pageable(pool),
             )
         self._pools.append(pool)
         return pool

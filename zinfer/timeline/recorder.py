@@ -28,6 +28,14 @@ class Timing(Protocol):
         """Bytes moved, or None until it has ended."""
 
 
+class CopyTiming(Timing, Protocol):
+    """When a copy runs, if anybody looks."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether `started` and `finished` will be known once it has run."""
+
+
 class _Mine(threading.local):
     """Where one thread is."""
 
@@ -60,9 +68,10 @@ class Recorder:
         """A read of a weight's bytes was started; `kind` is one of events.KINDS."""
         self._began(READS, name, kind, timing)
 
-    def copying(self, name: str, timing: Timing) -> None:
-        """A copy of a weight from host memory to a device was started."""
-        self._began(COPIES, name, "", timing)
+    def copying(self, name: str, timing: CopyTiming) -> None:
+        """A copy of a weight from host memory to a device was started. One whose times nobody keeps is left out."""
+        if timing.timed:
+            self._began(COPIES, name, "", timing)
 
     def asked(self) -> None:
         """The calling thread asks for a weight, or ends its sweep: what it computed before is over."""
