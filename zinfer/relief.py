@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 
+from zinfer.errors import OutOfMemoryError
 from zinfer.residency import Given, Residency
 from zinfer.streaming import Streaming
 from zinfer.weights.shortage import ShortageError, asked_bytes, in_short
@@ -16,7 +17,7 @@ logger = logging.getLogger("zinfer")
 
 
 class Relief:
-    """What one model does when torch finds no memory for a tensor. Any thread may call any method, holding no lock.
+    """What one model does when torch, or a device, finds no memory. Any thread may call any method, holding no lock.
 
         an operator with a streamed weight: relieve(), and it runs once more; again: exhausted() is raised
         anything else in a pass: the pass cannot go on, and ended() is raised
@@ -80,7 +81,10 @@ class Relief:
         gc.collect()  # caches may sit in reference cycles
         given = Given(0, 0)
         if self._residency is not None:
-            given = self._residency.relieve(asked_bytes(words), ended=ended)
+            try:
+                given = self._residency.relieve(asked_bytes(words), ended=ended)
+            except OutOfMemoryError as error:
+                logger.warning("no window could be had: %s", in_short(str(error)))
         coordinator.device.reclaim()
         with self._lock:
             self._count += 1
