@@ -66,7 +66,7 @@ class Relief:
         if self._residency is not None:
             lost = self._residency.lost_bytes
         lower = (
-            f", or lower max_memory[{self._key}] to {account.ceiling - lost}"
+            f", or lower {account.option} to {account.given(account.ceiling - lost)}"
             if 0 < lost < account.ceiling
             else ""
         )
@@ -102,12 +102,6 @@ class Relief:
     @property
     def _name(self) -> str:
         return self._streaming.coordinator.device.name
-
-    @property
-    def _key(self) -> str:
-        if self._streaming.host is None:
-            return "'cpu'"
-        return str(self._streaming.coordinator.device.torch_device.index or 0)
 
     def _division(self) -> str:
         """What weights have now."""
