@@ -179,6 +179,10 @@ class AttachedDevice(Host):
         """See Processor."""
         self.processor.reclaim()
 
+    def free_memory(self) -> int:
+        """Bytes of the device that can be allocated now."""
+        return self.processor.memory()[0]
+
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
         return weight in self._moved or (self.residents is not None and self.residents.has(weight))
