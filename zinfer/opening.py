@@ -59,6 +59,7 @@ def open_cpu(
         conversions=placement.transient_bytes,
         small=parts.small_bytes,
         bounce=parts.bounce,
+        key="cpu",
     )
     return Opened(device, parts.footprints, placement, account)
 
@@ -99,6 +100,8 @@ def open_attached(
         conversions=tiers.device_conversions,
         small=there.small_bytes,
         bounce=0,
+        key=processor.torch_device.index or 0,
+        overhead=processor.overhead,
     )
     on_host = Account(
         ceiling=parts.budget,
@@ -108,5 +111,6 @@ def open_attached(
         conversions=tiers.conversions,
         small=0,
         bounce=parts.bounce,
+        key="cpu",
     )
     return Opened(device, there.footprints, placement, on_device, on_host)

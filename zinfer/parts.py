@@ -125,6 +125,7 @@ class Account:
     """Where the budget of a tier went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
 
     `free` is what the tier had when the plan was made, less headroom: those and activations have to fit there.
+    The user sets it as max_memory[`key`]; of what is given there, `overhead` is not in the ceiling.
     """
 
     ceiling: int
@@ -134,6 +135,17 @@ class Account:
     conversions: int
     small: int
     bounce: int
+    key: int | str
+    overhead: int = 0
+
+    @property
+    def option(self) -> str:
+        """What the user calls the ceiling."""
+        return f"max_memory[{self.key!r}]"
+
+    def given(self, ceiling: int) -> int:
+        """What the user has to give for a ceiling of so many bytes."""
+        return ceiling + self.overhead
 
 
 def gather(model: nn.Module) -> list[Held]:

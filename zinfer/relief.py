@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 
+from zinfer.errors import OutOfMemoryError
 from zinfer.residency import Given, Residency
 from zinfer.streaming import Streaming
 from zinfer.weights.shortage import ShortageError, asked_bytes, in_short
@@ -16,7 +17,7 @@ logger = logging.getLogger("zinfer")
 
 
 class Relief:
-    """What one model does when torch finds no memory for a tensor. Any thread may call any method, holding no lock.
+    """What one model does when torch, or a device, finds no memory. Any thread may call any method, holding no lock.
 
         an operator with a streamed weight: relieve(), and it runs once more; again: exhausted() is raised
         anything else in a pass: the pass cannot go on, and ended() is raised
@@ -65,7 +66,7 @@ class Relief:
         if self._residency is not None:
             lost = self._residency.lost_bytes
         lower = (
-            f", or lower max_memory[{self._key}] to {account.ceiling - lost}"
+            f", or lower {account.option} to {account.given(account.ceiling - lost)}"
             if 0 < lost < account.ceiling
             else ""
         )
@@ -80,7 +81,10 @@ class Relief:
         gc.collect()  # caches may sit in reference cycles
         given = Given(0, 0)
         if self._residency is not None:
-            given = self._residency.relieve(asked_bytes(words), ended=ended)
+            try:
+                given = self._residency.relieve(asked_bytes(words), ended=ended)
+            except OutOfMemoryError as error:
+                logger.warning("no window could be had: %s", in_short(str(error)))
         coordinator.device.reclaim()
         with self._lock:
             self._count += 1
@@ -98,12 +102,6 @@ class Relief:
     @property
     def _name(self) -> str:
         return self._streaming.coordinator.device.name
-
-    @property
-    def _key(self) -> str:
-        if self._streaming.host is None:
-            return "'cpu'"
-        return str(self._streaming.coordinator.device.torch_device.index or 0)
 
     def _division(self) -> str:
         """What weights have now."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from zinfer.device.attached import AttachedDevice
 from zinfer.errors import BudgetError
 from zinfer.kv_cache import (
     Pass,
@@ -23,8 +22,7 @@ from zinfer.kv_cache import (
     caches_of,
     growth_where_computed,
 )
-from zinfer.planner.memory import free_memory
-from zinfer.planner.placement import Placement, grown, place, smallest, thinned
+from zinfer.planner.placement import Placement, grown, place, smallest, streams_through, thinned
 from zinfer.streaming import Streaming
 
 logger = logging.getLogger("zinfer")
@@ -146,8 +144,8 @@ class Residency:
         """Give `asked` bytes back and some more, if weights can: that many could not be had. None: not known how many.
 
         `ended`: the calling thread's pass has. Residents that are there leave first; where that is not enough, memory
-        is divided anew, with a smaller window, as soon as nobody uses the window. Raises ClosedError, and BudgetError
-        where not even the smallest window can be had.
+        is divided anew, with another window, as soon as nobody uses it. Raises ClosedError, and OutOfMemoryError
+        where not even the smallest window can be had: the next pass looks for one again.
         """
         with self._lock:
             if ended:
@@ -162,17 +160,16 @@ class Residency:
             residents = self._residents
             there = frozenset(index for index in residents if weights[index].resident is not None)
             window, fixed = self._placement.window_bytes, self._fixed
+            bound = frozenset(index for index in residents if not streams_through(window, footprints[index]))
             used, least = fixed + self._bytes(there), smallest(footprints)
             target = max(least, used - asked - self._spare)
             self._lose(target)
-            stay = thinned(footprints, there, window, target - fixed)
-            if stay is not None:
+            stay = thinned(footprints, there | bound, window, target - fixed)
+            if stay is not None and self._divided and not self._stranded:
                 self._keep(residents, stay)
-            elif not self._divide_smaller(
-                target, least
-            ):  # somebody uses the window: all leave that it can stream
-                alone = {index: thinned(footprints, frozenset([index]), window, 0) for index in there}
-                self._keep(residents, frozenset(index for index, stays in alone.items() if stays is None))
+            # If somebody uses the window, all leave that it can stream.
+            elif not self._divide_smaller(target, least):
+                self._keep(residents, bound)
             left = frozenset(index for index in there if weights[index].resident is not None)
             return Given(window - self._placement.window_bytes, self._bytes(there) - self._bytes(left))
 
@@ -203,15 +200,11 @@ class Residency:
         self._calm = 0
         allowed = min(self._limits()[:2]) - self._lost
         planned = max(0, allowed - self._fixed - self._bytes(self._residents))
-        found = min(self._lost, self._free() - self._missed - planned)
+        free = self._streaming.coordinator.device.free_memory()
+        found = min(self._lost, free - self._missed - planned)
         if found > 0:
             self._lost -= found
             logger.info("%d bytes that were missing can be had again", found)
-
-    def _free(self) -> int:
-        """Bytes that can be allocated now where operators compute."""
-        device = self._streaming.coordinator.device
-        return device.processor.memory()[0] if isinstance(device, AttachedDevice) else free_memory()
 
     def _makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
         asked = kwargs.get("use_cache")
@@ -232,6 +225,15 @@ class Residency:
         """The weights that are to be resident now; kept by the weights themselves, so that it cannot be half true."""
         return frozenset(i for i, weight in enumerate(self._streaming.weights) if weight.wants_residence)
 
+    @property
+    def _stranded(self) -> bool:
+        """Whether a weight is neither to be resident nor can stream through the window: a device had no room for it."""
+        window = self._placement.window_bytes
+        return any(
+            not weight.wants_residence and not streams_through(window, footprint)
+            for weight, footprint in zip(self._streaming.weights, self._streaming.footprints, strict=True)
+        )
+
     def _bytes(self, indices: frozenset[int]) -> int:
         return sum(self._streaming.footprints[index].resident for index in indices)
 
@@ -247,13 +249,14 @@ class Residency:
         if within < least:
             if ceiling < least and sure:
                 self._refuse(ceiling, least, caches, coming)
-            self._warn(coming, account.free - machine)
+            self._warn(coming, account.free - machine, least)
             within = least
         residents, left = self._residents, within - self._fixed
         stay = thinned(footprints, residents, self._placement.window_bytes, left)
-        if stay is None or not self._divided or better is not None:
+        broken = not self._divided or self._stranded
+        if stay is None or broken or better is not None:
             # What was lost is no reason to wait: another pass will find a better moment.
-            needed = self._lost == 0 or not self._divided or min(ceiling, machine) < self._fixed
+            needed = self._lost == 0 or broken or min(ceiling, machine) < self._fixed
             patience = PATIENCE if needed or better is not None else 0.0
             if not self._divide(better or place(footprints, within, self._rows), patience):
                 self._cannot_divide()
@@ -291,10 +294,10 @@ class Residency:
         return wanted if wanted.window_bytes != self._placement.window_bytes else None
 
     def _fits(self, within: int) -> bool:
-        """Whether all is well as it is: residents fit, and none could return."""
+        """Whether all is well as it is: residents fit, none could return, and the others stream through the window."""
         residents = self._residents
         room = within - self._fixed - self._bytes(residents)
-        if room < 0:
+        if room < 0 or self._stranded:
             return False
         return residents == self._placement.residents or room < 2 * self._spare
 
@@ -323,11 +326,12 @@ class Residency:
         room = max(0, ceiling + caches - least)
         fit = coming.rows * room // max(caches, 1)
         what = f"at most {fit} of its {coming.rows} sequences fit" if fit else "not even one sequence fits"
+        needed = account.given(account.ceiling + least - ceiling)
         raise BudgetError(
             f"this pass needs {caches} bytes of key-value cache, but the budget of {account.ceiling} bytes leaves "
-            f"{room} with as few weights in memory as possible: {what}; raise max_memory['cpu'] to "
-            f"{account.ceiling + least - ceiling}, or make batch or context smaller",
-            account.ceiling + least - ceiling,
+            f"{room} with as few weights in memory as possible: {what}; raise {account.option} to {needed}, or make "
+            "batch or context smaller",
+            needed,
         )
 
     def _divide(self, now: Placement, patience: float = PATIENCE) -> bool:
@@ -384,16 +388,25 @@ class Residency:
             raise BudgetError(
                 f"a key-value cache of {held + growth} bytes needs another division of memory, but tensors of the "
                 "window are in use by other threads or kept by the caller; call again when they are done, or raise "
-                "max_memory['cpu']"
+                + account.option
             )
 
-    def _warn(self, coming: Pass, needed: int) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "a pass of %d x %d tokens may take %.2f GiB besides the weights, more than the machine has free: make "
-                "batch or prompt smaller, or lower max_memory['cpu']",
-                coming.rows,
-                coming.tokens,
-                needed / 2**30,
-            )
+    def _warn(self, coming: Pass, needed: int, least: int) -> None:
+        """Tell, once, that a pass may take `needed` bytes besides the `least` that weights do."""
+        if self._warned:
+            return
+        self._warned = True
+        account = self._streaming.account
+        where, remedy = "the machine has free", f"lower {account.option}"
+        if self._streaming.host is not None:  # what a device has free is its budget
+            where = f"the budget on {self._streaming.coordinator.device.name} leaves"
+            remedy = f"raise {account.option} to {account.given(needed + least)}"
+        logger.warning(
+            "a pass of %d x %d tokens may take %.2f GiB besides the weights, more than %s: make batch or prompt "
+            "smaller, or %s",
+            coming.rows,
+            coming.tokens,
+            needed / 2**30,
+            where,
+            remedy,
+        )

@@ -268,7 +268,7 @@ class Runtime:
         return self._prefill.chunk(input_ids, settings, inputs)
 
     def ran_out(self, error: BaseException) -> OutOfMemoryError:
-        """What to raise, from `error`, where torch found no memory in a pass. Gives memory back for the next one."""
+        """What to raise, from `error`, where there was no memory in a pass. Gives memory back for the next one."""
         return self._relief.ended(error)
 
     def _mark(self) -> Mark:

@@ -153,6 +153,9 @@ class FakeDevice:
         self.rows.append((weight.name, rows))
         return torch.zeros(len(rows), 4)
 
+    def free_memory(self) -> int:
+        return 0
+
     def close(self) -> None:
         self.closed = True
 

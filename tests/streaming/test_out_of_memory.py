@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import re
 import threading
 
 import pytest
@@ -16,8 +17,9 @@ import transformers
 import zinfer
 from tests import architectures
 from tests.streaming.running import check_device, smallest, tokens
-from tests.streaming.test_attached import finish, run_within, staged
+from tests.streaming.test_attached import MEMORY, finish, run_within, staged
 from zinfer import residency
+from zinfer.device.staged import StagedProcessor
 from zinfer.planner.placement import smallest as smallest_placement
 from zinfer.weights import parameter
 
@@ -267,11 +269,14 @@ def test_residents_that_the_device_refused_are_not_asked_for_at_every_pass(llama
     processor.claim(processor.memory()[0] - 1000)  # before any resident has come
     assert tokens(model, count=2) == tokens(reference, count=2)
     refused = caplog.text.count("was short of memory")
-    assert refused > 0
+    assert refused == 1, "said again for each weight"
+    (note,) = [line for line in model.zinfer.report().fallbacks if "was short of memory" in line]
+    assert re.search(r"staged was short of memory: \d+ weights had to stream", note)
     for _ in range(3):
         assert tokens(model, count=2) == tokens(reference, count=2)
         gc.collect()
     assert caplog.text.count("was short of memory") == refused
+    assert note in model.zinfer.report().fallbacks, "weights were refused again"
     finish(model, processor)
 
 
@@ -318,3 +323,126 @@ def test_threads_that_compute_meanwhile_get_the_same_tokens(where, llama, script
     else:
         check_device(model)
         model.zinfer.close()
+
+
+@pytest.fixture
+def all_there(llama):
+    """A model that is to stay on a staged device whole, so that there is no window; nothing is loaded yet."""
+    folder, reference, total = llama
+    processor = staged()
+    model = run_within(folder, processor, 4 * total, 2 * total, offload="nvme")
+    assert model.zinfer.report().device.window_bytes == 0
+    yield model, reference, processor
+    finish(model, processor)
+
+
+def test_a_model_that_was_to_stay_whole_streams_where_another_process_came_first(all_there, llama):
+    model, reference, processor = all_there
+    processor.claim(processor.memory()[0] - llama[2] // 2)
+    for _ in range(3):
+        assert tokens(model) == tokens(reference)
+        gc.collect()
+    report = model.zinfer.report()
+    assert report.device.window_bytes > 0
+    assert report.shortages == 1, "memory was asked for in vain again"
+
+
+def test_memory_is_divided_anew_for_a_weight_that_neither_stays_nor_streams(all_there):
+    model, reference, _ = all_there
+    streaming = model.zinfer._streaming
+    weight = next(weight for weight in streaming.weights if not weight.rows_only)
+    weight.wants_residence = False  # refused by a thread that had it on its way while memory was divided
+    streaming.coordinator.device.refused_bytes += weight.nbytes
+    assert tokens(model) == tokens(reference)
+    report = model.zinfer.report()
+    assert report.device.window_bytes >= weight.nbytes
+    assert report.shortages == 0
+
+
+def test_a_resident_that_is_larger_than_the_window_is_no_dead_end(tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    processor = staged()
+    model = run_within(str(tmp_path), processor, 6 << 20, 1 << 25, offload="nvme")
+    head = next(w for w in model.zinfer._streaming.weights if w.nbytes == 8192 * 128 * 4)
+    before = model.zinfer.report().device
+    assert head.wants_residence and before.window_bytes < head.nbytes, (
+        "it could stream: the test proves nothing"
+    )
+    others = before.planned_resident_bytes - head.nbytes
+    assert others > 0
+    processor.claim(processor.memory()[0] - head.nbytes - others // 2)  # the head comes last
+    for _ in range(2):
+        assert tokens(model) == tokens(reference)
+        gc.collect()
+    report = model.zinfer.report()
+    assert report.shortages == 1
+    assert report.device.window_bytes >= head.nbytes
+    assert not any("was short of memory" in line for line in report.fallbacks)
+    finish(model, processor)
+
+
+def test_where_not_even_a_window_can_be_had_the_model_works_once_there_is_memory(all_there, llama):
+    model, reference, processor = all_there
+    processor.claim(MEMORY)
+    for _ in range(2):
+        with pytest.raises(zinfer.OutOfMemoryError, match="end what else uses") as caught:
+            tokens(model)
+        assert isinstance(caught.value, torch.OutOfMemoryError)
+        del caught
+        gc.collect()
+    processor.claim(MEMORY - llama[2])
+    for _ in range(2):
+        assert tokens(model) == tokens(reference)
+        gc.collect()
+
+
+def test_where_a_layer_of_a_cache_finds_no_room_the_pass_ends_and_the_next_has_some(llama):
+    folder, reference, total = llama
+    processor = staged()
+    model = run_within(folder, processor, total // 2, 4 * total, offload="nvme", kv_offload="cpu")
+    assert tokens(model, count=3) == tokens(reference, count=3)
+    gc.collect()
+    model.zinfer.caches._space.settle()
+    processor.reclaim()
+    before = model.zinfer.report().device.planned_resident_bytes
+    processor.claim(processor.memory()[0])
+    with pytest.raises(zinfer.OutOfMemoryError, match=r"in a pass.*staged device has") as caught:
+        tokens(model)
+    assert isinstance(caught.value, torch.OutOfMemoryError)
+    del caught
+    gc.collect()
+    assert model.zinfer.report().shortages == 1
+    assert model.zinfer.report().device.planned_resident_bytes < before
+    for _ in range(2):
+        assert tokens(model) == tokens(reference)
+        gc.collect()
+    finish(model, processor)
+
+
+class Costly(StagedProcessor):
+    """Running anything there takes memory, as on a GPU."""
+
+    overhead = 100_000
+
+
+def test_what_to_lower_counts_with_what_the_device_takes_itself(llama, script):
+    folder, _, total = llama
+    processor = Costly(MEMORY)
+    model = run_within(folder, processor, total // 2 + Costly.overhead, 2 * total, offload="nvme")
+    tokens(model, count=3)
+    script.times(2, 1000)
+    with pytest.raises(zinfer.OutOfMemoryError) as caught:
+        tokens(model)
+    left = model.zinfer.report().device.budget - model.zinfer._residency.lost_bytes
+    assert f"lower max_memory[0] to {left + Costly.overhead}" in str(caught.value)
+    del caught
+    finish(model, processor)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinfer.errors import OutOfMemoryError, ReadOnlyError, ZinferError
+from zinfer.errors import BudgetError, OutOfMemoryError, ReadOnlyError, ZinferError
 from zinfer.weights.lowering import provenance_of
 from zinfer.weights.parameter import StreamedParameter
 from zinfer.weights.safetensors_header import TensorEntry
@@ -473,7 +473,9 @@ def test_torch_says_how_much_was_missing(words, nbytes):
     assert asked_bytes(words) == nbytes
 
 
-def test_no_error_of_zinfers_counts_as_a_shortage():
+def test_what_counts_as_a_shortage_that_nobody_has_done_anything_about():
     assert not ran_out(ShortageError("memory ran out"))
+    assert ran_out(OutOfMemoryError("the device has no more"))
+    assert not ran_out(BudgetError("too little"))
     assert ran_out(torch.OutOfMemoryError("no more"))
     assert not ran_out(MemoryError())

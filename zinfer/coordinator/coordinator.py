@@ -17,7 +17,8 @@ import torch
 from zinfer.coordinator.reader import Reader
 from zinfer.coordinator.trace import Trace
 from zinfer.device.device import Device, Fetching
-from zinfer.errors import ClosedError, OutOfMemoryError, ZinferError
+from zinfer.errors import ClosedError, ZinferError
+from zinfer.weights.shortage import ShortageError
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
@@ -154,7 +155,7 @@ class Coordinator:
     def exhausted(self, weight: Weight, words: str) -> Exception:
         """What to raise where memory ran out again after relieve()."""
         reliever = self.reliever() if self.reliever is not None else None
-        return OutOfMemoryError(words) if reliever is None else reliever.exhausted(weight.name, words)
+        return ShortageError(words) if reliever is None else reliever.exhausted(weight.name, words)
 
     def drop_ahead(self) -> None:
         """Drop everything that was read ahead, and uses held beyond their operator."""

@@ -19,7 +19,8 @@ from zinfer.device.cpu import leaf_among
 from zinfer.device.host import Host, flagged, view_of, why_pageable
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.processor import ALIGNMENT, Event, Processor
-from zinfer.errors import BudgetError
+from zinfer.device.refusals import Refusals
+from zinfer.errors import BudgetError, OutOfMemoryError
 from zinfer.pinned import Pool
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.layout import Layout, lay_out_apart, placements_of
@@ -70,6 +71,7 @@ class AttachedDevice(Host):
         self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
         self._bringing = threading.RLock()
         self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
+        self._refusals = Refusals(processor.name)
         self._streams: list[Any] = []  # that operators run on, as far as is known
         self._arena: Arena | None = None
         self._copies: Copies | None = None
@@ -201,6 +203,10 @@ class AttachedDevice(Host):
         """See Processor."""
         self.processor.reclaim()
 
+    def free_memory(self) -> int:
+        """Bytes of the device that can be allocated now."""
+        return self.processor.memory()[0]
+
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
         return weight in self._moved or (self.residents is not None and self.residents.has(weight))
@@ -271,7 +277,8 @@ class AttachedDevice(Host):
     def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
         """Find room on the device for `fetch`, from where on it goes there by itself; whether there was any.
 
-        Raises BudgetError where there never will be.
+        A weight that was to stay, and has no memory for it, goes through the window from then on. Raises
+        OutOfMemoryError where it does not fit there either: not before memory is divided anew.
         """
         with fetch.lifting:
             if fetch.lease is not None:
@@ -279,20 +286,16 @@ class AttachedDevice(Host):
             weight = fetch.weight
             nbytes = self._layout(weight).nbytes
             lease = self._own_memory(nbytes) if fetch.settles else None
-            if fetch.settles and lease is None:
-                note = f"{self.processor.name} was short of memory: {weight.name!r} streams from then on"
-                logger.warning(note)
-                self.fallbacks.append(note)
-                weight.wants_residence = fetch.settles = False
-                self.refused_bytes += nbytes  # see Residency: it does not return at the next pass
             if lease is None:
                 arena = self._arena
                 if arena is None or nbytes > arena.capacity:
-                    raise BudgetError(
-                        f"an operator needs all of {weight.name!r}, {nbytes} bytes, but the window on "
-                        f"{self.processor.name} holds {self.device_window}; raise its max_memory by "
-                        f"{nbytes - self.device_window} bytes"
+                    raise OutOfMemoryError(
+                        f"{self.processor.name} tried to allocate {nbytes} bytes for {weight.name!r}, and the window "
+                        f"there holds {self.device_window}: end what else uses its memory"
                     )
+                if fetch.settles:
+                    weight.wants_residence = fetch.settles = False
+                    self.refused_bytes = self._refusals.add(weight, nbytes, self.fallbacks)
                 lease = arena.acquire(nbytes, timeout)
             if lease is None:
                 return False

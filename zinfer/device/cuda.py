@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zinfer.device.processor import ALIGNMENT, POISON, Event
-from zinfer.errors import BudgetError
+from zinfer.errors import OutOfMemoryError
 from zinfer.weights.layout import round_up
 
 MOST_OVERHEAD = 1 << 30  # bytes of a context with the kernels it loads
@@ -213,8 +213,8 @@ class CudaProcessor:
                 block = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
         except torch.OutOfMemoryError as error:
             free = self.memory()[0]
-            raise BudgetError(
-                f"{self.name} has {free} bytes free, and {nbytes} are asked for: end what else uses it, or lower "
+            raise OutOfMemoryError(
+                f"{self.name} has {free} bytes free; tried to allocate {nbytes} bytes: end what else uses it, or lower "
                 f"max_memory[{self.torch_device.index}]"
             ) from error
         # torch's allocator waits for them before it gives the memory away

@@ -106,6 +106,9 @@ class Device(Protocol):
     def reclaim(self) -> None:
         """Wait until what was given back can be had by others."""
 
+    def free_memory(self) -> int:
+        """Bytes that can be allocated now where operators compute."""
+
     def hurry(self) -> None:
         """Nobody waits for a first token any more."""
 

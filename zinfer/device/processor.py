@@ -67,7 +67,7 @@ class Processor(Protocol):
         """Refuse, from now on, to let this process allocate more than `nbytes`; None: no limit any more."""
 
     def block(self, nbytes: int) -> Any:
-        """Memory, aligned to ALIGNMENT. Raises BudgetError where the device has not got it."""
+        """Memory, aligned to ALIGNMENT. Raises OutOfMemoryError where the device has not got it."""
 
     def allocated(self, nbytes: int) -> int:
         """Bytes of the device that a block of `nbytes` takes, as its allocator rounds."""

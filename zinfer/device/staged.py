@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from zinfer.device.processor import ALIGNMENT, POISON, Event
-from zinfer.errors import BudgetError
+from zinfer.errors import OutOfMemoryError
 
 URGENT, ORDINARY = "urgent", "ordinary"
 INTO, BACK = "into", "back"
@@ -118,8 +118,8 @@ class StagedProcessor:
         """See Processor."""
         with self._lock:
             if nbytes > self.left:
-                raise BudgetError(
-                    f"the staged device has {self.left} of {self._total} bytes left, and {nbytes} are asked for"
+                raise OutOfMemoryError(
+                    f"the staged device has {self.left} of {self._total} bytes left; tried to allocate {nbytes} bytes"
                 )
             self._allocated += nbytes
             self.peak = max(self.peak, self._allocated)

@@ -124,7 +124,7 @@ def thinned(
 
     None where those that a window of `window` bytes cannot stream are more already.
     """
-    bound = {i for i in residents if not _streams_through(window, weights[i])}
+    bound = {i for i in residents if not streams_through(window, weights[i])}
     left = limit - sum(weights[i].resident for i in bound)
     if left < 0:
         return None
@@ -141,7 +141,8 @@ def grown(
     return residents | spread([weights[i].resident for i in missing], left, missing)
 
 
-def _streams_through(window: int, weight: Footprint) -> bool:
+def streams_through(window: int, weight: Footprint) -> bool:
+    """Whether a window of `window` bytes is enough for `weight`, of which rows may be all that is asked for."""
     return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 

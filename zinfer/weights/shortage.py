@@ -18,7 +18,12 @@ class ShortageError(OutOfMemoryError, torch.OutOfMemoryError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether torch says with `error` that there was no memory for a tensor. No error of zinfer's does."""
+    """Whether `error` says that there was no memory, and nobody has given any back for it yet.
+
+    torch says it of a tensor, OutOfMemoryError of what a device was asked for. After a ShortageError all is done.
+    """
+    if isinstance(error, OutOfMemoryError):
+        return not isinstance(error, ShortageError)
     if isinstance(error, ZinferError):
         return False
     if isinstance(error, torch.OutOfMemoryError):
