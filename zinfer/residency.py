@@ -22,6 +22,7 @@ from zinfer.kv_cache import (
     caches_of,
     growth_where_computed,
 )
+from zinfer.planner.memory import free_memory
 from zinfer.planner.placement import Placement, grown, place, smallest, streams_through, thinned
 from zinfer.streaming import Streaming
 
@@ -200,7 +201,8 @@ class Residency:
         self._calm = 0
         allowed = min(self._limits()[:2]) - self._lost
         planned = max(0, allowed - self._fixed - self._bytes(self._residents))
-        free = self._streaming.coordinator.device.free_memory()
+        there = self._streaming.coordinator.device.free_memory()
+        free = free_memory() if there is None else there
         found = min(self._lost, free - self._missed - planned)
         if found > 0:
             self._lost -= found

@@ -12,7 +12,6 @@ import torch
 from zinfer.device.fetch import Fetch
 from zinfer.device.host import Host, flagged, view_of
 from zinfer.errors import BudgetError
-from zinfer.planner.memory import free_memory
 from zinfer.weights.lowering import Placed
 from zinfer.weights.symbolic import evaluate
 from zinfer.weights.weight import Weight
@@ -94,9 +93,8 @@ class CpuDevice(Host):
     def enter(self) -> None:
         """Nothing: operators have run when they return."""
 
-    def free_memory(self) -> int:
-        """Bytes that can be allocated now: of the machine, and of its memory cgroup."""
-        return free_memory()
+    def free_memory(self) -> None:
+        """None: operators compute in the host's memory."""
 
     def bring(self, weight: Weight) -> bool:
         """False: what stays in host memory is resident."""

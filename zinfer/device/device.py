@@ -106,8 +106,8 @@ class Device(Protocol):
     def reclaim(self) -> None:
         """Wait until what was given back can be had by others."""
 
-    def free_memory(self) -> int:
-        """Bytes that can be allocated now where operators compute."""
+    def free_memory(self) -> int | None:
+        """Bytes that can be allocated now where operators compute; None where that is the host's memory."""
 
     def hurry(self) -> None:
         """Nobody waits for a first token any more."""
