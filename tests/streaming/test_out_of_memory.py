@@ -127,7 +127,8 @@ def test_the_next_passes_do_not_grow_back_into_the_same_trouble(on_staged, scrip
     assert script.failed == 1
 
 
-def test_where_residents_are_not_enough_the_window_shrinks(script, tmp_path):
+def test_where_residents_are_not_enough_the_window_shrinks(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(residency, "SHORT_PATIENCE", 30.0)  # copies may be slow to end on a busy machine
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
     )
