@@ -1,16 +1,19 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. A third one does on a machine with a GPU,
+# whose Python has torch for it: `make gpu-check`, which installs nothing.
 PYTHON ?= python3
 VENV   := .venv
+GPU_FOLDER ?= build/gpu-check
+GPU_OPTIONS ?=
 RUN    := $(VENV)/bin/python
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: demo test lint build clean
+.PHONY: demo test lint build gpu-check clean
 
 demo: build
 	$(RUN) -m examples.demo
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: build
 	$(VENV)/bin/ruff check .
@@ -33,6 +36,11 @@ $(VENV)/.built: $(VENV)/.torch $(NATIVE)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" "pybind11>=2.13"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	touch $@
+
+# With the Python that is there: PYTHON=, its torch, transformers and pybind11. GPU_FOLDER needs some 45 GB on a drive.
+gpu-check:
+	ZINFER_REQUIRE_BUILD=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu --folder "$(GPU_FOLDER)" $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info zinfer/*/*.so

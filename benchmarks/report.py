@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +59,31 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished benchmark. `settings`, `rounds` and `figures` are plain values, for the JSON file."""
+    """One finished benchmark. `settings`, `rounds` and `figures` are plain values, for the JSON file.
+
+    `drive`: None where the kernel does not tell which it is. `machine`: what else the figures depend on, as text.
+    """
 
     name: str
-    drive: Drive
+    drive: Drive | None
     settings: dict[str, Any]
     rounds: list[dict[str, Any]]
     figures: dict[str, Any]
     requirements: list[Requirement]
     body: str  # Markdown: tables and remarks
     load_average: float  # over the minute before the first round
+    machine: dict[str, str] = field(default_factory=dict)
 
 
-def hardware(drive: Drive) -> dict[str, str]:
+def hardware(result: Result) -> dict[str, str]:
     """What the figures depend on, as text."""
     return {
         "cpu": _cpu_model(),
         "cores": str(cores()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        "drive": drive.describe(),
+        "drive": result.drive.describe() if result.drive else "not told by the kernel",
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **result.machine,
     }
 
 
@@ -126,7 +131,7 @@ def requirements_table(requirements: Sequence[Requirement]) -> str:
 
 def markdown(result: Result, repeat: str) -> str:
     """The results file: hardware, versions, command, then the tables."""
-    machine = [f"- {key}: {value}" for key, value in hardware(result.drive).items()]
+    machine = [f"- {key}: {value}" for key, value in hardware(result).items()]
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         [
@@ -151,12 +156,13 @@ def write(result: Result, repeat: str, json_path: str | None = None) -> tuple[Pa
     Without `json_path` they go to `benchmarks/results/<name>-<drive>-<cores>core`, so that another run
     on the same kind of machine replaces them.
     """
-    default = RESULTS / f"{result.name}-{result.drive.kind}-{cores()}core.json"
+    kind = result.drive.kind if result.drive else "drive"
+    default = RESULTS / f"{result.name}-{kind}-{cores()}core.json"
     to_json = Path(json_path) if json_path else default
     to_json.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": result.name,
-        "hardware": hardware(result.drive),
+        "hardware": hardware(result),
         "versions": versions(),
         "command": repeat,
         "load_average": result.load_average,

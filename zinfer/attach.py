@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinfer.caches_on_host import CACHE
 from zinfer.errors import OptionError, ReadOnlyError, ZinferError
 from zinfer.runtime import Runtime
 from zinfer.weights.parameter import StreamedParameter
+from zinfer.weights.shortage import ran_out
 
 # Methods that would read all weights into memory to write them, or change some weights and fail at the next.
 _NEEDS_BYTES = {
@@ -29,7 +33,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     The instance gets a subclass of its class with the same name (as FSDP2 does), which adds
     `__enter__` and `__exit__`; `__call__` without autograd (streamed weights do not train, and a graph would
     hold every activation); copies that share the streamed weights; and an explanation where a method
-    cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES.
+    cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES. generate()
+    prefills in chunks where memory asks for it, and where caches go to host memory, it says which are its own.
     """
     base = type(model)
     extra: dict[str, Any] = {
@@ -45,6 +50,10 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
         extra |= {name: _refused(base, name) for name in _NEEDS_BYTES if hasattr(base, name)}
     else:
         extra["__deepcopy__"] = _deepcopy_in_memory
+    if runtime.offload != "none" and hasattr(base, "_prefill"):
+        extra["_prefill"] = _prefill(base)
+    if runtime.caches is not None:
+        extra["generate"] = _generate(base)
     model.__class__ = types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(extra))
     model.zinfer = runtime  # type: ignore[assignment]
     model.register_forward_pre_hook(runtime.begin_sweep, with_kwargs=True)
@@ -53,11 +62,45 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def _without_autograd(base: type[nn.Module]) -> Callable[..., Any]:
+    """A call without autograd. Where memory runs out in it, some is given back, and an OutOfMemoryError is raised."""
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return base.__call__(self, *args, **kwargs)
+        try:
+            with torch.no_grad():
+                return base.__call__(self, *args, **kwargs)
+        except BaseException as error:
+            if not ran_out(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what the pass had in memory
+            raise self.zinfer.ran_out(error) from error  # type: ignore[operator, union-attr]
 
     return call
+
+
+def _generate(base: Any) -> Callable[..., Any]:
+    """generate(), whose own cache goes to host memory."""
+
+    @functools.wraps(base.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.zinfer.caches.generating(kwargs.get(CACHE)):
+            return base.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _prefill(base: Any) -> Callable[..., Any]:
+    """The part of generate() that runs the prompt, which knows its batch, beams and cache: in chunks where need be."""
+
+    def prefill(
+        self: Any, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        chunk = self.zinfer.prefill_chunk(input_ids, generation_config, model_kwargs)
+        if chunk is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = chunk
+        return base._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    return prefill
 
 
 def _refused(base: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -76,13 +119,13 @@ def _refused(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """What .to() and its like apply to each tensor: nothing to do, or an explanation."""
-    for dtype in {tensor.dtype for tensor in self.parameters()}:
-        probe = torch.empty(0, dtype=dtype)
+    for dtype, device in {(tensor.dtype, tensor.device) for tensor in self.parameters()}:
+        probe = torch.empty(0, dtype=dtype, device=device)
         try:
             moved = fn(probe)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise OptionError(
-                f"this model computes on the CPU, where its weights stream to: {error}"
+                f"this model computes on {device}, where its weights stream to: {error}"
             ) from error
         if moved is not probe:
             raise OptionError(

@@ -11,8 +11,8 @@ import inspect
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers.utils import logging as transformers_logging
 
+from zinfer.parts import Held
 from zinfer.planner.cost import Operator, PassWork, Work
-from zinfer.streaming import Held
 from zinfer.weights.loading import REFUSALS, parameter_slots
 
 aten = torch.ops.aten
@@ -173,6 +173,21 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+_Key = tuple[str, str, float, float, float]  # an Operator, but for its count
+
+
+class _Alike(NamedTuple):
+    """What an operator did: what it was noted as, and its results' shape, strides and dtype.
+
+    `several`: it returned a tuple of them. `asks`: it read the whole of the weights that it was given.
+    """
+
+    operator: _Key
+    shapes: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    several: bool
+    asks: bool
+
+
 class Recorder(TorchDispatchMode):
     """Notes every operator of one pass: its rows, flops and bytes, the weights it asks for, and memory in use.
 
@@ -185,7 +200,8 @@ class Recorder(TorchDispatchMode):
         self._chosen = chosen
         self._weights = weights
         self._on_demand = on_demand
-        self._operators: Counter[tuple[str, str, float, float, float]] = Counter()
+        self._operators: Counter[_Key] = Counter()
+        self._known: dict[Any, _Alike] = {}
         self._asks: dict[int, float] = {}
         self._live: dict[int, set[int]] = {}  # storage -> tensors on it that are alive
         self._watch: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -209,18 +225,52 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func.overloadpacket is aten._local_scalar_dense and inputs[0].dtype == torch.bool:
+        if func.overloadpacket is aten._local_scalar_dense and args[0].dtype == torch.bool:
             return True  # "is the whole mask set?": it is
+        storages: dict[int, int] = {}
+        key = (func, self._signature(args, storages), self._signature(kwargs, storages))
+        if (alike := self._known.get(key)) is not None:
+            return self._repeat(alike, storages)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        known = {_storage(tensor) for tensor in inputs}
-        fresh = [tensor for tensor in outputs if _storage(tensor) not in known]
+        fresh = [tensor for tensor in outputs if _storage(tensor) not in storages]
         for tensor in outputs:
             self._follow(tensor)
         if fresh or func._schema.is_mutable:
-            self._note(func, args, kwargs, inputs, outputs, result)
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            operator = self._note(func, args, kwargs, inputs, outputs, result)
+            repeatable = not func._schema.is_mutable and all(tensor.is_meta for tensor in inputs)
+            if repeatable and (shapes := _shapes(result, storages)) is not None:
+                asks = func.overloadpacket not in _ROW_LOOKUPS
+                self._known[key] = _Alike(operator, shapes, isinstance(result, tuple), asks)
         return result
+
+    def _signature(self, value: Any, storages: dict[int, int]) -> Any:
+        """All that an operator without data can tell of an argument; the storages in it are numbered in `storages`."""
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            name = storage._cdata
+            number = storages.setdefault(name, len(storages))
+            place = (value.shape, value.stride(), value.storage_offset(), number, name in self._weights)
+            return (value.dtype, value.device, storage.nbytes(), value.is_conj(), value.is_neg(), *place)
+        if isinstance(value, (list, tuple)):
+            return type(value), *(self._signature(item, storages) for item in value)
+        if isinstance(value, dict):
+            return *value, *(self._signature(item, storages) for item in value.values())
+        return type(value), value  # 1, 1.0 and True are equal, and make tensors of different types
+
+    def _repeat(self, alike: _Alike, storages: Iterable[int]) -> Any:
+        """What an operator did before, once more: layers are alike, and torch takes long to work out shapes."""
+        outputs = tuple(
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            for shape, stride, dtype in alike.shapes
+        )
+        for tensor in outputs:
+            self._follow(tensor)
+        if alike.asks:
+            self._asks.update((self._weights[name], 1.0) for name in storages if name in self._weights)
+        self._operators[alike.operator] += 1
+        return outputs if alike.several else outputs[0]
 
     def note_attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
@@ -257,13 +307,13 @@ class Recorder(TorchDispatchMode):
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         result: Any,
-    ) -> None:
+    ) -> _Key:
+        """Count an operator; what it was counted as."""
         packet = func.overloadpacket
         out_bytes = sum(map(_nbytes, outputs))
         dtype = outputs[0].dtype if outputs else torch.float32
         if packet in _ROW_LOOKUPS:
-            self._add("copy", dtype, 1, 0, 2 * out_bytes)
-            return
+            return self._add("copy", dtype, 1, 0, 2 * out_bytes)
         held = {_storage(tensor): tensor for tensor in inputs if _storage(tensor) in self._weights}
         for storage in held:
             self._asks[self._weights[storage]] = 1.0
@@ -274,10 +324,12 @@ class Recorder(TorchDispatchMode):
             matrices = [tensor for tensor in inputs if tensor.dim() > 1]
             right = max(held.values(), key=torch.Tensor.numel) if held else matrices[-1]
             rows = max(1.0, flops / (2 * max(right.numel(), 1)))
-        self._add("matmul" if flops else "copy", dtype, rows, flops, nbytes)
+        return self._add("matmul" if flops else "copy", dtype, rows, flops, nbytes)
 
-    def _add(self, kind: str, dtype: torch.dtype, rows: float, flops: float, nbytes: float) -> None:
-        self._operators[kind, str(dtype).removeprefix("torch."), rows, flops, nbytes] += 1
+    def _add(self, kind: str, dtype: torch.dtype, rows: float, flops: float, nbytes: float) -> _Key:
+        key = (kind, str(dtype).removeprefix("torch."), rows, flops, nbytes)
+        self._operators[key] += 1
+        return key
 
     def _follow(self, tensor: torch.Tensor) -> None:
         """Count `tensor`'s storage as in use until the last tensor on it dies."""
@@ -333,6 +385,29 @@ class _Fused(TorchFunctionMode):
     def _multiply(self, left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self._recorder.note_experts(left, right)
         return left.new_empty(left.shape[0], right.shape[-1])
+
+
+def _shapes(
+    result: Any, storages: Collection[int]
+) -> tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...] | None:
+    """Shape, strides and dtype of each tensor in `result`; None unless they are all that there is to tell of it.
+
+    So it is not where a tensor lies in one of `storages`, with another, or in a part of its own storage.
+    """
+    outputs = result if isinstance(result, tuple) else (result,)
+    shapes, names = [], set(storages)
+    for tensor in outputs:
+        if type(tensor) is not torch.Tensor or not tensor.is_meta or tensor.is_conj() or tensor.is_neg():
+            return None
+        name = _storage(tensor)
+        shape = (tensor.shape, tensor.stride(), tensor.dtype)
+        alone = torch.empty_strided(*shape[:2], dtype=tensor.dtype, device="meta")
+        same_size = alone.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+        if name in names or tensor.storage_offset() or not same_size:
+            return None
+        names.add(name)
+        shapes.append(shape)
+    return tuple(shapes) or None
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
     ZinferError
     +-- OptionError         (ValueError)   an option that is unknown, contradictory or would have no effect
     +-- BudgetError         (MemoryError)  the memory budget cannot hold what must be held at once
+    |   +-- OutOfMemoryError               memory ran out that the budget allows, mostly in the middle of a pass
     +-- CheckpointError     (ValueError)   the checkpoint is incomplete, malformed or not supported
     |   +-- CheckpointChangedError         a file was altered while it was streamed
     +-- StoreError          (OSError)      the folder under `nvme_path` cannot be used
@@ -33,6 +34,13 @@ class BudgetError(ZinferError, MemoryError):
     def __init__(self, message: str, smallest: int | None = None) -> None:
         super().__init__(message)
         self.smallest = smallest
+
+
+class OutOfMemoryError(BudgetError):
+    """Memory ran out that the budget allows. In a pass, some was given back, so that the next call has more room.
+
+    One that ends a pass is a torch.OutOfMemoryError as well; one that zinfer.run raises, as it takes memory, is not.
+    """
 
 
 class CheckpointError(ZinferError, ValueError):

@@ -3,20 +3,19 @@
 Every figure is a median. Arithmetic is measured as models run it: torch's own linear operator, with the thread count
 of this process, over weights that follow one another like layers, so that no cache holds them from one use to the next.
 
-The figures lie in `$XDG_CACHE_HOME/zinfer/hardware.json` (by default `~/.cache/zinfer`), one record a drive; a record
-counts while processor, torch, its thread count, transformers, the memory and the drive are the same, and this module
-measures as it did. What was measured while other programs computed is not kept. The file may be deleted at any time.
+The figures are kept (see hardware_cache.py), one record a drive; a record counts while processor, torch, its thread
+count, transformers, the memory and the drive are the same, and this module measures as it did. So are those of a device
+with memory of its own (see device_probe.py), while the device and its driver are the same too. What was measured while
+other programs computed is not kept.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,14 +31,15 @@ from zinfer.aio.block_device import BlockDevice, block_device_of
 from zinfer.aio.probe import BLOCK_BYTES, measure_read_rate
 from zinfer.aio.profile import load_profile
 from zinfer.aio_bench.target import made_targets
-from zinfer.dry_run import Recorder
+from zinfer.device.processor import Processor
+from zinfer.device_probe import FIGURES, device_conditions, measure_device, step_without_work
 from zinfer.errors import DriveError, OptionError, StoreError
-from zinfer.planner.hardware import FLOPS_RANGE, RANGES, Curve, Hardware, hardware_from
+from zinfer.hardware_cache import cache_path, load, save
+from zinfer.planner.hardware import FLOPS_RANGE, RANGES, WITHOUT_DEVICE, Curve, Hardware, hardware_from
 from zinfer.planner.memory import free_memory, parse_size, total_memory
 
 logger = logging.getLogger("zinfer")
 
-SCHEMA = 2
 METHOD = 2  # raised whenever a figure is measured in another way: older ones do not count
 WIDTH = 4096  # of the square weights that are multiplied with
 WORKING_SET = 512 << 20  # bytes gone through in turn; a quarter of what is free if that is less
@@ -58,15 +58,25 @@ CPU_INFO = Path("/proc/cpuinfo")
 ATTENTION = (16, 32, 128, 128)
 BUSY_PERCENT, BUSY_SECONDS = 25, 0.2  # of all cores, used by others before anything is measured
 BUSY = 1.6  # a median this many times the fastest quarter: something else was running
-MEASURED = ("drive_read", "host_bandwidth", "copy_bandwidth", "attention_bandwidth", "operator_seconds")
+MEASURED = (
+    "drive_read",
+    "host_bandwidth",
+    "device_bandwidth",
+    "host_to_device",
+    "copy_bandwidth",
+    "attention_bandwidth",
+    "operator_seconds",
+)
 
 
-def this_machine(paths: Sequence[str], *, refresh: bool = False) -> Hardware:
-    """The machine at hand, with the drive that `paths` lie on: shards, or else a folder.
+def this_machine(
+    paths: Sequence[str], processor: Processor | None = None, *, refresh: bool = False
+) -> Hardware:
+    """The machine at hand, with the drive that `paths` lie on: shards, or else a folder. `processor`: what computes.
 
     From the cache, unless `refresh` or something has changed since. What is measured while other programs compute
-    is not kept. Raises OptionError where a path is gone, and DriveError or
-    StoreError where the drive cannot be read, or takes no file to read.
+    is not kept. Raises OptionError where a path is gone, DriveError or StoreError where the drive cannot be read, or
+    takes no file to read, and BudgetError where the device has no memory left to measure with.
     """
     try:
         device = block_device_of(paths[0])
@@ -75,31 +85,84 @@ def this_machine(paths: Sequence[str], *, refresh: bool = False) -> Hardware:
             f"{paths[0]}: {error.strerror}: the drive to plan for is gone; mount it, or name a hardware profile"
         ) from error
     conditions = _conditions()
-    records = {} if refresh else _load()
+    records = {} if refresh else load("drives")
     found = _usable(records.get(device.key), conditions)
     if found is None:
         logger.info("measuring drive, memory and arithmetic of this machine: a few seconds")
         measured, busy = _measure(paths, device)
         found = _plausible(measured)
         if not busy:
-            _save(device.key, {"conditions": conditions, "measured": _now(), "hardware": found.as_dict()})
+            save("drives", device.key, _record(conditions, found.as_dict()))
+    if processor is not None:
+        found = _with_device(found, processor, refresh=refresh)
     return _with_profile(found, device)
 
 
-def measured_machine(path: str) -> Hardware | None:
+def measured_machine(path: str, processor: Processor | None = None) -> Hardware | None:
     """What this_machine() measured earlier, for the drive that `path` lies on; None where it has not, or not so."""
     try:
         device = block_device_of(path)
     except OSError:
         return None
-    found = _usable(_load().get(device.key), _conditions())
+    found = _usable(load("drives").get(device.key), _conditions())
+    if found is not None and processor is not None:
+        found = _kept_device(found, processor)
     return None if found is None else _with_profile(found, device)
 
 
-def cache_path() -> Path:
-    """Where the figures are, or would be."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "zinfer", "hardware.json")
+def _with_device(machine: Hardware, processor: Processor, *, refresh: bool) -> Hardware:
+    """`machine` with what computes on `processor` there, measured where it was not before."""
+    found = None if refresh else _kept_device(machine, processor)
+    if found is None:
+        logger.info("measuring %s: a few seconds", processor.name)
+        figures, sources, busy = measure_device(processor, _now())
+        if busy:
+            logger.warning(
+                "the times of %s vary as they do when others use it too, so predictions may be too slow, and the "
+                "figures are not kept: measure again when it is idle, with remeasure=True (`zinfer plan --remeasure`)",
+                processor.name,
+            )
+        found = _plausible(Hardware(**_on_device(machine, processor, figures, sources)))
+        if not busy:
+            fields = found.as_dict()
+            kept = {name: fields[name] for name in FIGURES}
+            kept["sources"] = {name: fields["sources"][name] for name in FIGURES}
+            save("devices", processor.name, _record(_conditions_of(processor), kept))
+    return found
+
+
+def _kept_device(machine: Hardware, processor: Processor) -> Hardware | None:
+    record = load("devices").get(processor.name)
+    if not isinstance(record, dict) or record.get("conditions") != _conditions_of(processor):
+        return None
+    try:
+        fields = dict(record["hardware"])
+        sources = fields.pop("sources")
+        if set(fields) != set(FIGURES):
+            raise OptionError(f"{cache_path()}: the figures of {processor.name} are not those of a device")
+        return hardware_from(
+            _on_device(machine, processor, fields, sources), f"{cache_path()}, {processor.name}"
+        )
+    except (OptionError, TypeError, ValueError, KeyError) as error:
+        logger.warning("%s; measuring again", error)
+        return None
+
+
+def _on_device(
+    machine: Hardware, processor: Processor, figures: dict[str, Any], sources: dict[str, str]
+) -> dict[str, Any]:
+    """The fields of `machine` with those of a device."""
+    fields = machine.as_dict()
+    name, where = f"{machine.name}, {processor.name}", fields["sources"] | sources
+    return fields | figures | {"name": name, "sources": where}
+
+
+def _record(conditions: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
+    return {"conditions": conditions, "measured": _now(), "hardware": hardware}
+
+
+def _conditions_of(processor: Processor) -> dict[str, Any]:
+    return _conditions() | device_conditions(processor)
 
 
 def _conditions() -> dict[str, Any]:
@@ -226,7 +289,8 @@ def _plausible(measured: Hardware) -> Hardware:
         return taken
 
     for name in MEASURED:
-        if (value := fields[name]) is not None:
+        none_there = name in WITHOUT_DEVICE and not measured.has_device
+        if (value := fields[name]) is not None and not none_there:
             fields[name] = within(name, value, *RANGES[name][:2])
     for points in fields["matmul"].values():
         for point in points:
@@ -337,17 +401,8 @@ def _attention_rate() -> float:
 
 def _operator_seconds() -> float:
     """Seconds an operator takes besides its work: a step of a model without work, over its operators."""
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=8, num_attention_heads=2, vocab_size=32
-    )
-    with torch.random.fork_rng(devices=[]):
-        model: Any = transformers.LlamaForCausalLM(config)
-    model.to(torch.bfloat16).eval()
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    with torch.no_grad(), Recorder({}, on_demand=False) as recorder:
-        model(ids, use_cache=True)
-    count = sum(operator.count for operator in recorder.finish().operators)
-    return statistics.median(_times(lambda _: model(ids, use_cache=True))) / count
+    step, count = step_without_work(torch.device("cpu"))
+    return statistics.median(_times(step)) / count
 
 
 def _times(work: Callable[[int], object]) -> list[float]:
@@ -365,36 +420,3 @@ def _times(work: Callable[[int], object]) -> list[float]:
 
 def _now() -> str:
     return datetime.datetime.now().isoformat(timespec="seconds")
-
-
-def _load() -> dict[str, Any]:
-    path = cache_path()
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA or not isinstance(document["drives"], dict):
-            raise ValueError(f"schema {document['schema']!r}")
-        drives: dict[str, Any] = document["drives"]
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        logger.warning("%s: not used (%s: %s); measuring again", path, type(error).__name__, error)
-        return {}
-    return drives
-
-
-def _save(key: str, record: dict[str, Any]) -> None:
-    """Keep `record`; a cache that cannot be written costs the next plan a few seconds, no more."""
-    path = cache_path()
-    document = {"schema": SCHEMA, "drives": {**_load(), key: record}}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-            try:
-                file.write(json.dumps(document, indent=2) + "\n")
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        logger.warning("%s: not kept: %s", path, error.strerror)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
+from zinfer.kv_offload.lane import working_bytes
+from zinfer.kv_offload.layers import layers_on_host
+
 # What a Cache is made of; not every version of transformers has all of them.
 _HOLDERS = tuple(
     getattr(cache_utils, name)
@@ -62,19 +65,22 @@ def caches_of(arguments: Mapping[str, Any]) -> list[Any]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory that a transformers Cache (or a legacy tuple of tensors) holds; 0 for anything else.
+    """Bytes that a transformers Cache (or a legacy tuple of tensors) takes where the model computes; else 0.
 
-    A sliding window may be a view of more: what counts is what is allocated, each storage once.
+    A sliding window may be a view of more: what counts is what is allocated, each storage once. Of layers in host
+    memory, what counts is how much of them is on the device at once.
     """
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(cache)
     }
-    return sum(storages.values())
+    on_host = max((layer.nbytes for layer in layers_on_host(cache)), default=0)
+    return sum(storages.values()) + working_bytes(on_host)
 
 
 def _tensors(cache: Any) -> Iterator[torch.Tensor]:
     if isinstance(cache, torch.Tensor):
-        yield cache
+        if not cache.is_meta:
+            yield cache
     elif isinstance(cache, (list, tuple)):
         for value in cache:
             yield from _tensors(value)
@@ -92,10 +98,15 @@ def cache_length(cache: Any) -> int:
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that a pass adds to a cache. `sure`: it is no more than that, so that a refusal would be right."""
+    """Bytes that a pass adds to a cache. `sure`: it is no more than that, so that a refusal would be right.
+
+    `layers`: how many grow; `largest`: bytes of the largest of them after the pass.
+    """
 
     nbytes: int
     sure: bool
+    layers: int
+    largest: int
 
 
 def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> Growth:
@@ -106,15 +117,30 @@ def cache_growth(cache: Any, config: Any, itemsize: int, coming: Pass) -> Growth
     full: its first pass holds all positions.
     """
     layers = list(_layers(cache))
-    grown = sum(_bytes_a_position(layer) * coming.tokens for layer in layers if _grows(layer))
+    more = [_bytes_a_position(layer) * coming.tokens for layer in layers if _grows(layer)]
+    grown = sum(more)
     if grown or (layers and cache_bytes(cache) and any(_made(layer) for layer in layers)):
-        return Growth(grown, sure=True)
+        largest = max((now + add for now, add in zip(_sizes(cache), more, strict=True)), default=0)
+        return Growth(grown, True, len(more), largest)
     reserved = [
         layer.max_cache_len for layer in layers if isinstance(getattr(layer, "max_cache_len", None), int)
     ]
-    width, sure = _bytes_of_position(config, itemsize)
+    width, attending, sure = _bytes_of_position(config, itemsize)
     positions = max([coming.tokens, *reserved]) + coming.source  # an encoder's are kept for cross-attention
-    return Growth(coming.rows * width * positions, sure)
+    layer = coming.rows * width * positions
+    return Growth(layer * attending, sure, attending, layer)
+
+
+def growth_where_computed(cache: Any, foreseen: Growth) -> int:
+    """Bytes that `foreseen` takes where the model computes: all of them, unless `cache` is in host memory."""
+    if not layers_on_host(cache):
+        return foreseen.nbytes
+    return max(0, working_bytes(foreseen.largest) - working_bytes(max(_sizes(cache), default=0)))
+
+
+def _sizes(cache: Any) -> list[int]:
+    """Bytes of each layer that grows."""
+    return [layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache) if _grows(layer)]
 
 
 def _layers(cache: Any) -> Iterator[Any]:
@@ -139,13 +165,13 @@ def _bytes_a_position(layer: Any) -> int:
     return (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
 
 
-def _bytes_of_position(config: Any, itemsize: int) -> tuple[int, bool]:
-    """Bytes of cache for one position of one sequence by the config, and whether that is all there is to it."""
+def _bytes_of_position(config: Any, itemsize: int) -> tuple[int, int, bool]:
+    """Bytes of a layer's cache for one position of one sequence by the config, such layers, and whether that is all."""
     text = _text_config(config)
     heads, hidden = (_number(text, name) for name in ("num_attention_heads", "hidden_size"))
     layers = _number(text, "num_hidden_layers")
     if not (heads and hidden and layers):
-        return 0, False  # what the first pass makes is counted after it
+        return 0, 0, False  # what the first pass makes is counted after it
     if rank := _number(text, "kv_lora_rank"):  # latent attention caches what its heads have in common
         width = rank + _number(text, "qk_rope_head_dim")
     else:
@@ -158,7 +184,7 @@ def _bytes_of_position(config: Any, itemsize: int) -> tuple[int, bool]:
         and not _number(text, "num_kv_shared_layers")
         and not getattr(config, "is_encoder_decoder", False)
     )
-    return itemsize * width * attending, sure
+    return itemsize * width, attending, sure
 
 
 def _key_value_heads(text: Any, heads: int) -> int:
@@ -172,19 +198,43 @@ def _number(config: Any, name: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def activation_bytes(config: Any, itemsize: int, coming: Pass) -> int:
+def activation_bytes(config: Any, itemsize: int, coming: Pass, past: int = 0) -> int:
     """Roughly what `coming` holds at once: a layer's widest intermediates and the logits. 0 where the config is silent.
 
     Four tensors of the hidden size (residual, norm, attention in and out) and three of the intermediate size (gate,
     up, their product), for each new position, as transformers' decoder layers have it, and half as much again for
-    what the allocator keeps.
+    what the allocator keeps. Several tokens after `past` positions attend with a mask for each pair of positions, once
+    as booleans and once as numbers, and to keys and values that are repeated for each head.
     """
     text = _text_config(config)
     hidden, intermediate, vocabulary = (
         _number(text, name) for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
     elements = coming.tokens * (4 * hidden + 3 * intermediate) + coming.logits * vocabulary
-    return coming.rows * itemsize * elements * 3 // 2
+    masks = 0
+    if past and coming.tokens > 1 and elements:
+        elements += 2 * hidden * (past + coming.tokens)
+        masks = coming.rows * coming.tokens * (past + coming.tokens) * (1 + itemsize)
+    return coming.rows * itemsize * elements * 3 // 2 + masks
+
+
+def prefills_in_chunks(config: Any) -> bool:
+    """Whether a prompt may be cut: where each position attends to those before it, and to nothing else.
+
+    Not with an encoder, with states that several tokens cannot follow up, with attention that looks ahead, and where
+    how positions are encoded depends on how many there are.
+    """
+    text = _text_config(config)
+    _, attending, sure = _bytes_of_position(config, 1)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    ahead = any(getattr(text, name, None) for name in ("use_bidirectional_attention", "prefix_lm"))
+    return (
+        bool(attending)
+        and sure
+        and not ahead
+        and getattr(text, "is_causal", True) is not False
+        and not any(kind in str(rope) for kind in ("dynamic", "longrope"))
+    )
 
 
 def _text_config(config: Any) -> Any:

@@ -101,7 +101,7 @@ def _from_config(config: Any, name: str, dtype: Any) -> Outline:
     for key in config.sub_configs:
         if (part := getattr(config, key, None)) is not None:
             part.dtype = wanted
-    inventory = take_inventory(config, wanted, seed=0)
+    inventory = take_inventory(config, wanted, seed=None)
     cls = type(inventory.model)
     checkpoint = _checkpoint_to_be(inventory.tensors, name)
     del inventory

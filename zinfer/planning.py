@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from zinfer.budgets import device_budget
+from zinfer.device.choose import processor_for
+from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
 from zinfer.hardware_probe import measured_machine, this_machine
-from zinfer.kv_cache import Pass, cache_growth
+from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
+from zinfer.parts import Held, Parts, gather
+from zinfer.plan_task import Attached, Task
 from zinfer.planner.assumed import Matrix, assumed_work
-from zinfer.planner.cost import Operator, PassWork, Work, largest_batch, moved_bytes, sweep
+from zinfer.planner.chunks import chunks_of
+from zinfer.planner.cost import Bounds, Operator, PassWork, Work, largest_batch, moved_bytes, sweep
 from zinfer.planner.hardware import Hardware, checked_hardware, load_hardware
+from zinfer.planner.memory import ceilings as ceilings_of_run
 from zinfer.planner.memory import free_memory, parse_size
-from zinfer.planner.placement import smallest
 from zinfer.planner.plan import Plan, times
-from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
-from zinfer.streaming import (
-    HEADROOM,
-    HEADROOM_SHARE,
-    Held,
-    Parts,
-    check_offload,
-    gather,
-    least_budget,
-    less_headroom,
-)
+from zinfer.streaming import check_offload
 from zinfer.weights.checkpoint import expected_shards
 from zinfer.weights.lowering import Placed
 from zinfer.wording import brief
 
 logger = logging.getLogger("zinfer")
 
-DEVICE_HEADROOM = 1 << 30  # bytes of a device left to its context, workspaces and the allocator
 MOST_TOKENS = 1 << 24
 
 
@@ -46,6 +41,7 @@ def plan(
     model: Any,
     *,
     hardware: str | Hardware = "this",
+    device: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
     batch: int = 1,
     prompt: int = 512,
@@ -62,15 +58,16 @@ def plan(
             built-in shape such as "llama-3.1-70b", or a transformers config object. No weights are needed.
         hardware: "this" measures the machine at hand once and keeps the figures; "a6000", "rtx4090" and "h200" are
             published ones; else a JSON file with the same fields, or a Hardware.
-        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings as for zinfer.run; 0 is the device, where there is one.
+        device: where this machine would compute, as for zinfer.run: None for the GPU where there is one.
+        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings as for zinfer.run; of other hardware, 0 is its device.
             Default: all of that hardware's memories but for headroom; of this machine, what is free.
         batch, prompt, new_tokens: sequences at once, tokens of each prompt, tokens generated for each.
         offload, dtype: as for zinfer.run. Of a model without weights, `dtype` is that of its checkpoint.
         remeasure: measure this machine again.
         options: further from_pretrained keywords, for a checkpoint folder: trust_remote_code, attn_implementation ...
 
-    The weights' places are those that zinfer.run would choose within the same budget; on hardware with a device they
-    are chosen for device, host and drive. Times are predictions by the formula in planner/cost.py.
+    The weights' places are those that zinfer.run would choose within the same budgets. Times are predictions by the
+    formula in planner/cost.py.
 
     Raises OptionError, CheckpointError and BudgetError (a budget too small or beyond the machine, a batch whose cache
     cannot fit), the last with the number that would work, if any does; nothing is read from the weights by then.
@@ -81,194 +78,81 @@ def plan(
     if remeasure and hardware != "this":
         raise OptionError("remeasure has no effect on hardware other than 'this'")
     given = _hardware(hardware)  # its faults are told before the model is looked at
-    ceilings = _ceilings(max_memory)
+    if device is not None and given is not None:
+        raise OptionError(
+            f"device has no effect on hardware other than 'this': {given.name} says itself what computes there"
+        )
+    processor = processor_for(device) if given is None else None
+    number = 0 if processor is None else processor.torch_device.index or 0
+    ceilings = _ceilings(max_memory) if given is not None else _ceilings_here(max_memory, processor)
     with torch.inference_mode(False):
         outline = outline_of(model, checked_dtype(dtype), options)
-        machine = given or this_machine(_places(outline), refresh=remeasure)
+        machine = given or this_machine(_places(outline), processor, refresh=remeasure)
         logger.debug("planning for %s", machine.as_dict())
-        _check_ceilings(ceilings, machine)
-        held = gather(outline.model)
-        work, notes = _work(outline, held, batch, prompt, new_tokens)
-    task = _Task(
-        held, work, machine, ceilings, offload, free_memory() if given is None else machine.host_memory
-    )
-    if given is None and torch.cuda.is_available():
-        notes.append(
-            "this machine has a GPU, but zinfer computes on the CPU so far, and that is what is planned; for what a "
-            "GPU could do, give a hardware profile"
-        )
-    return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
+        _check_ceilings(ceilings, machine, number)
+        free = free_memory() if given is None else machine.host_memory
+        there = None if processor is None else Attached(processor, device_budget(processor, ceilings.get(0)))
+        return _planned(outline, machine, there, ceilings, free, offload, batch, prompt, new_tokens)
 
 
 def predicted_sweep(
-    folder: str, ceiling: int, offload: str, dtype: Any, options: Mapping[str, Any], batch: int, length: int
+    folder: str,
+    ceiling: int,
+    offload: str,
+    dtype: Any,
+    options: Mapping[str, Any],
+    batch: int,
+    length: int,
+    *,
+    processor: Processor | None = None,
+    on_device: int = 0,
 ) -> float | None:
     """Seconds of a decoding step with `length` positions so far, for a run that is under way; None if unknown.
 
+    `ceiling`: the host's budget in bytes; `on_device`: that on `processor`, if one computes, its overhead taken off.
     Known once this machine has been measured (`zinfer plan MODEL`); nothing is measured here. Raises what plan() does.
     """
-    machine = measured_machine(next(iter(expected_shards(folder))))
+    machine = measured_machine(next(iter(expected_shards(folder))), processor)
     if machine is None:
         return None
-    budget = {"cpu": min(ceiling, machine.host_memory)}
-    shape: dict[str, Any] = {"batch": batch, "prompt": 1, "new_tokens": length}  # no prefill of that length
-    found = plan(
-        folder, hardware=machine, max_memory=budget, offload=offload, dtype=dtype, **shape, **options
-    )
+    host: dict[str | int, int] = {"cpu": min(ceiling, machine.host_memory)}
+    there = None if processor is None else Attached(processor, on_device)
+    with torch.inference_mode(False):
+        outline = outline_of(folder, checked_dtype(dtype), dict(options))
+        # No prefill of that length.
+        found = _planned(outline, machine, there, host, machine.host_memory, offload, batch, 1, length)
     return found.seconds_a_token
 
 
-@dataclass
-class _Task:
-    """What placement depends on besides the batch. `free`: bytes of host memory that can be had."""
+def _planned(
+    outline: Outline,
+    machine: Hardware,
+    there: Attached | None,
+    ceilings: dict[str | int, int],
+    free: int,
+    offload: str,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+) -> Plan:
+    """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
+    held = gather(outline.model)
+    work, notes = _work(outline, held, batch, prompt, new_tokens)
+    foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
+    task = Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)
+    return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
-    held: Sequence[Held]
-    work: Work
-    hardware: Hardware
-    ceilings: dict[str | int, int]
-    offload: str
-    free: int
-    divided: dict[int, Parts] = field(default_factory=dict)
 
-    def budgets(self) -> tuple[int, int]:
-        """Bytes for the host and for the device."""
-        spare = less_headroom(self.free)
-        if self.hardware.has_device:
-            device = self.ceilings.get(0, max(self.hardware.device_memory - DEVICE_HEADROOM, 0))
-            return min(self.ceilings.get("cpu", spare), spare), device
-        return min(self.ceilings.get("cpu", spare), spare), 0
-
-    def parts(self, host: int) -> Parts:
-        """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
-        if host not in self.divided:
-            self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
-        return self.divided[host]
-
-    def place(self, batch: int) -> tuple[Parts, Tiers]:
-        """Raises BudgetError where that batch, or even one operator, does not fit, with the budget that would do."""
-        host, device = self.budgets()
-        if self.hardware.has_device:
-            return self._place_on_tiers(host, device, self.work.memory(batch))
-        return self._place_on_cpu(host, batch)
-
-    def _place_on_cpu(self, host: int, batch: int) -> tuple[Parts, Tiers]:
-        memory, cache = self.work.memory(batch), self.work.cache(batch)
-        parts = self.parts(host)
-        streams = self.offload not in ("cpu", "none")  # else all stays, and caches lie beside the budget
-        least = self._least(host, cache if streams else 0)
-        if least > host:
-            self._refuse_beyond_host(least)
-            self._place_on_cpu(least, batch)  # raises where that would not do either
-            raise BudgetError(
-                f"the budget is {host} bytes; the smallest max_memory['cpu'] that works is {least} bytes with "
-                f"offload={self.offload!r}",
-                least,
-            )
-        taken = parts.fixed + memory
-        available = host - parts.fixed
-        left = less_headroom(self.free) - taken
-        needed = smallest(parts.footprints) if parts.footprints and streams else 0
-        if left < needed:
-            raise BudgetError(
-                f"cache and activations take {memory} bytes: with the weights that have to be in memory at once, "
-                f"{_with_headroom(taken + needed)} bytes would have to be free, and {self.free} are; make batch or "
-                "prompt smaller"
-            )
-        within = min(available - cache, left) if streams else available
-        return parts, place_on_cpu(parts.footprints, available, within, batch if streams else 1)
-
-    def _least(self, host: int, cache: int) -> int:
-        """The smallest host budget that works with a cache of that size; larger ones have larger buffers."""
-        needed = host
-        while (more := least_budget(self.parts(needed), self.held, self.offload) + cache) > needed:
-            needed = more
-        return needed if needed > host else more
-
-    def _refuse_beyond_host(self, needed: int) -> None:
-        """Raises BudgetError, without a budget that works, where the host does not have `needed` bytes."""
-        machine = self.hardware
-        stream = "" if self.offload in ("auto", "nvme") else ", stream with offload='nvme'"
-        if needed > less_headroom(machine.host_memory):
-            raise BudgetError(
-                f"{needed} bytes of host memory are needed with offload={self.offload!r}, and {machine.name} has "
-                f"{machine.host_memory}, of which zinfer takes {less_headroom(machine.host_memory)} at most: no "
-                f"max_memory['cpu'] works there; make batch or prompt smaller{stream}, or plan for a larger "
-                "machine"
-            )
-        if needed > less_headroom(self.free):
-            raise BudgetError(
-                f"{needed} bytes of host memory are needed with offload={self.offload!r}, for which "
-                f"{_with_headroom(needed)} would have to be free, and {self.free} are: end other programs first, or "
-                "make batch or prompt smaller"
-            )
-
-    def _place_on_tiers(self, host: int, device: int, memory: int) -> tuple[Parts, Tiers]:
-        """As place(); a larger host budget keeps more small tensors on the device, so both are looked at together."""
-        least = host
-        while True:
-            parts = self.parts(least)
-            self._check_device(parts, least, device, memory, alone=least == host)
-            try:
-                tiers = self._divide(parts, least, device - memory - parts.small_bytes)
-            except BudgetError as error:
-                least = (error.smallest or 0) + parts.bounce  # more than it was, as too little was available
-                self._refuse_beyond_host(least)
-                continue
-            if least == host:
-                return parts, tiers
-            raise BudgetError(
-                f"the host's budget is {host} bytes with offload={self.offload!r}: the smallest max_memory['cpu'] that "
-                f"works is {least} bytes",
-                least,
-            )
-
-    def _check_device(self, parts: Parts, host: int, device: int, memory: int, *, alone: bool) -> None:
-        """Raises BudgetError where the device cannot hold what has to be there at once.
-
-        `alone`: `host` is the budget that was given, so that the device's is the only one to change.
-        """
-        needed = smallest(parts.footprints) if parts.footprints else 0
-        needed += parts.small_bytes + memory
-        if needed <= device:
-            return
-        what = f"cache, activations, small tensors and the largest operator take {needed} bytes of the device"
-        if needed > self.hardware.device_memory:
-            raise BudgetError(
-                f"{what}, and {self.hardware.name} has {self.hardware.device_memory}: no max_memory[0] works there; "
-                "make batch or prompt smaller, or plan for a larger device"
-            )
-        try:
-            self._place_on_tiers(host, needed, memory)
-        except BudgetError as error:
-            raise BudgetError(
-                f"{what}, whose budget is {device}; and with max_memory[0] that large, {error}"
-            ) from error
-        if not alone:
-            raise BudgetError(
-                f"{what}, whose budget is {device}: max_memory['cpu'] of {host} and max_memory[0] of {needed} bytes "
-                "work"
-            )
-        raise BudgetError(
-            f"{what}, whose budget is {device}: the smallest max_memory[0] that works is {needed} bytes",
-            needed,
-        )
-
-    def _divide(self, parts: Parts, host: int, on_device: int) -> Tiers:
-        drive = self.offload in ("auto", "nvme")
-        return place_on_tiers(parts.footprints, on_device, host - parts.bounce, drive=drive)
-
-    def fits(self, batch: int) -> bool:
-        """Whether `place` finds a placement."""
-        try:
-            self.place(batch)
-        except BudgetError:
-            return False
-        return True
+def _activations(outline: Outline, prompt: int) -> Callable[[int], int]:
+    """What a run takes the pass over the prompt to hold at once, in bytes, for so many sequences."""
+    config, itemsize = outline.model.config, outline.model.dtype.itemsize
+    logits = 1 if outline.model.can_generate() else prompt
+    return lambda batch: activation_bytes(config, itemsize, Pass(batch, prompt, logits))
 
 
 def _plan(
     outline: Outline,
-    task: _Task,
+    task: Task,
     hardware: Hardware,
     batch: int,
     prompt: int,
@@ -298,17 +182,36 @@ def _plan(
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    chunk = task.chunk(batch)
+    chunks = chunks_of(prompt, chunk)
+    first = _prefill_bounds(
+        sweep(prefill, sizes, hardware),
+        sweep(prefill, sizes, hardware, device=device, host=host),
+        bounds,
+        chunks,
+    )
+    if chunks > 1:
+        notes = [
+            *notes,
+            f"the prompt is prefilled in {chunks} chunks of {chunk} tokens, each a sweep, so that activations fit",
+        ]
     nbytes = [weight.nbytes for weight in parts.weights]
     on_device = sum(nbytes[i] for i in tiers.device)
     on_host = sum(nbytes[i] for i in tiers.host)
-    host_budget, device_budget = task.budgets()
+    host_budget, on_device_budget = task.budgets()
     if task.ceilings.get("cpu", 0) > host_budget:
         notes = [
             *notes,
             f"max_memory['cpu'] is {task.ceilings['cpu']} bytes; {host_budget} are planned with: what can be had, "
             "less headroom",
         ]
-    small_bytes = parts.small_bytes
+    if task.there is not None and task.ceilings.get(0, 0) > on_device_budget + task.there.processor.overhead:
+        notes = [
+            *notes,
+            f"max_memory[{task.there.number}] is {task.ceilings[0]} bytes; {on_device_budget} are planned with: what "
+            "can be had, less what anything takes there",
+        ]
+    small_bytes = task.on_device(parts).small_bytes if hardware.has_device else parts.small_bytes
     total = sum(nbytes) + small_bytes
     return Plan(
         model=outline.name,
@@ -324,17 +227,18 @@ def _plan(
         nvme_bytes=total - small_bytes - on_device - on_host,
         small_bytes=small_bytes,
         host_budget=host_budget,
-        device_budget=device_budget,
+        device_budget=on_device_budget,
         host_window=tiers.host_window,
-        device_window=tiers.device_window,
+        device_window=tiers.device_window + tiers.device_conversions,
         conversion_bytes=tiers.conversions,
         buffer_bytes=parts.bounce,
         cache_bytes=work.cache_bytes,
-        activation_bytes=work.activation_bytes,
+        activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
         read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
-        **times(bounds, sweep(prefill, sizes, hardware), batch, new_tokens),
+        **times(bounds, first, batch, new_tokens),
+        prefill_chunk=chunk,
         largest_batch=largest,
         notes=tuple(notes),
         sources=dict(hardware.sources),
@@ -343,6 +247,37 @@ def _plan(
             for i, weight in enumerate(parts.weights)
         },
     )
+
+
+def _prefill_bounds(first: Bounds, later: Bounds, decode: Bounds, chunks: int) -> Bounds:
+    """Of a prompt in `chunks` sweeps: `first` reads the residents too, and computes the whole prompt; `later` does not.
+
+    Each sweep moves the weights through the processor, as a decoding step does, whatever the tokens in it are.
+    """
+    return Bounds(
+        drive=first.drive + (chunks - 1) * later.drive,
+        pcie=first.pcie + (chunks - 1) * later.pcie,
+        compute=max(first.compute, chunks * decode.compute),
+    )
+
+
+def _estimate(outline: Outline, work: Work, prompt: int) -> Callable[[int, int], int] | None:
+    """Bytes that a run foresees for the last of a batch's chunks; None where it cuts no prompt.
+
+    Not less than the dry run found for as many tokens.
+    """
+    model = outline.model
+    if not (model.can_generate() and prefills_in_chunks(model.config)):
+        return None
+    itemsize = getattr(torch, outline.dtype).itemsize
+    ends = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def estimate(batch: int, tokens: int) -> int:
+        found = -(-work.activation_bytes * batch * tokens // (work.batch * prompt))
+        coming = Pass(batch, tokens, 1 if ends else tokens)
+        return max(found, activation_bytes(model.config, itemsize, coming, prompt - tokens))
+
+    return estimate
 
 
 def _with_conversions(
@@ -426,16 +361,29 @@ def _ceilings(max_memory: Mapping[Any, int | str] | None) -> dict[str | int, int
     return {key: parse_size(size) for key, size in max_memory.items()}
 
 
-def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware) -> None:
+def _ceilings_here(
+    max_memory: Mapping[Any, int | str] | None, processor: Processor | None
+) -> dict[str | int, int]:
+    """As _ceilings, for this machine: `processor` has the number, or name, that zinfer.run gives it."""
+    number = None if processor is None else processor.torch_device.index or 0
+    host, device = ceilings_of_run(max_memory, number)
+    given: dict[str | int, int | None] = {"cpu": host, 0: device}
+    return {key: size for key, size in given.items() if size is not None}
+
+
+def _check_ceilings(ceilings: dict[str | int, int], hardware: Hardware, number: int) -> None:
     """Raises OptionError for a ceiling on a device that is not there, BudgetError for one above the machine."""
     if 0 in ceilings and not hardware.has_device:
         raise OptionError(
             f"max_memory[0] has no effect: {hardware.name} computes on the CPU; give 'cpu' alone"
         )
-    for key, most in (("cpu", hardware.host_memory), (0, hardware.device_memory)):
+    for key, name, most in (
+        ("cpu", "'cpu'", hardware.host_memory),
+        (0, str(number), hardware.device_memory),
+    ):
         if ceilings.get(key, 0) > most:
             raise BudgetError(
-                f"max_memory[{key!r}] is {brief(ceilings[key])} bytes, but {hardware.name} has {most}; ask for at most "
+                f"max_memory[{name}] is {brief(ceilings[key])} bytes, but {hardware.name} has {most}; ask for at most "
                 "that"
             )
 
@@ -444,8 +392,3 @@ def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if type(value) is not int or not 1 <= value <= MOST_TOKENS:
             raise OptionError(f"{name}={brief(value)}: it is a whole number from 1 to {MOST_TOKENS}")
-
-
-def _with_headroom(needed: int) -> int:
-    """Bytes that have to be free for less_headroom() to leave `needed` of them."""
-    return needed + min(HEADROOM, -(-needed // (HEADROOM_SHARE - 1)))

@@ -18,6 +18,29 @@ SHORTEST_SHOWN = 0.001  # seconds: a shorter one is not worth a line
 
 
 @dataclass(frozen=True)
+class DeviceFigures:
+    """A device's memory, in bytes: its budget, what was planned of it, and the weights that are there for good now."""
+
+    name: str
+    budget: int
+    planned_resident_bytes: int
+    resident_bytes: int
+    window_bytes: int
+    small_bytes: int
+    conversion_bytes: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {_size(self.budget)}: residents {_size(self.planned_resident_bytes)} "
+            f"({_size(self.resident_bytes)} there now), window {_size(self.window_bytes)}, small tensors "
+            f"{_size(self.small_bytes)}"
+            + (f", conversions {_size(self.conversion_bytes)}" if self.conversion_bytes else "")
+            + (f", key-value caches {_size(self.cache_bytes)}" if self.cache_bytes else "")
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
@@ -32,8 +55,9 @@ class Report:
     operators' threads were blocked, on the drive or for room in the window, summed over threads; `waits_by_weight`
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
-    None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `drives` says how
-    each block device is read.
+    None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `shortages`: how
+    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read. `device`:
+    where another device than the CPU computes, its memory; the sizes above are then the host's.
     """
 
     model: str
@@ -77,13 +101,16 @@ class Report:
     longest_waits: tuple[tuple[str, float], ...]
     waits_by_weight: dict[str, float]
     process_peak_bytes: int
+    shortages: int
     fallbacks: tuple[str, ...]
+    device: DeviceFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as a dict of plain values, for programs."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        where = "host " if self.device is not None else ""
         lines = [
             ("model", f"{self.model} from {self.source}, {_size(self.model_bytes)}"),
             ("reads", f"{self.backend}, {'O_DIRECT' if self.direct else 'through the page cache'}"),
@@ -96,8 +123,9 @@ class Report:
                 + (f", conversions {_size(self.conversion_bytes)}" if self.conversion_bytes else "")
                 + (f", key-value caches {_size(self.cache_bytes)}" if self.cache_bytes else ""),
             ),
+            *([("device", str(self.device))] if self.device is not None else []),
             ("pool", self._pool()),
-            ("resident", f"{_size(self.resident_bytes)} of the model are in memory now"),
+            ("resident", f"{_size(self.resident_bytes)} of the model are in {where}memory now"),
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
             *(("predicted", text) for text in self._predicted()),

@@ -7,14 +7,23 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from zinfer.errors import BudgetError
-from zinfer.kv_cache import Pass, activation_bytes, cache_bytes, cache_growth, caches_of
-from zinfer.planner.placement import Placement, grown, place, smallest, thinned
+from zinfer.kv_cache import (
+    Pass,
+    activation_bytes,
+    cache_bytes,
+    cache_growth,
+    cache_length,
+    caches_of,
+    growth_where_computed,
+)
+from zinfer.planner.memory import free_memory
+from zinfer.planner.placement import Placement, grown, place, smallest, streams_through, thinned
 from zinfer.streaming import Streaming
 
 logger = logging.getLogger("zinfer")
@@ -22,7 +31,20 @@ logger = logging.getLogger("zinfer")
 SPARE_BYTES = 64 << 20  # left when residents come back, so that they need not leave at the next token
 SPARE_SHARE = 32  # ... or this part of the ceiling, if that is less
 PATIENCE = 5.0  # seconds to wait for a moment in which no operator runs with a weight of the window
+SHORT_PATIENCE = 0.5  # the same where memory ran out in an operator, and residents can leave instead
+UNSAID_SHARE = 16  # where torch does not say how much was missing, this part of the ceiling is taken for it
+CALM_PASSES = (
+    256  # passes without a shortage before missing memory is looked for again; twice that after each one
+)
 BETWEEN = 0.001  # seconds between two looks
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was given back where memory ran out, in bytes: of the window, and of residents that were loaded."""
+
+    window: int
+    residents: int
 
 
 class Residency:
@@ -33,6 +55,10 @@ class Residency:
     Usually some residents leave or return. Where that is not enough, memory is divided anew, once: with a window
     that can stream what has to leave, and with places for all that can return later. It also is before the first pass,
     if as many sequences as that one has are better served by another window.
+
+    Memory may run out even so: an estimate was wrong, or another process has taken it. Then some is given back at once,
+    and what is missing of the budget counts as lost, so that later passes plan without it. It is looked for again after
+    many passes without a shortage, while no cache is alive.
 
     Any thread may call any method. One lock guards it; a thread that holds it takes the coordinator's, never the
     other way round.
@@ -59,6 +85,12 @@ class Residency:
             weakref.WeakKeyDictionary()
         )
         self._warned = False
+        self._lost = 0  # bytes of the budget that turned out not to be there
+        self._missed = (
+            0  # bytes of the largest request that failed: these stay free when more is found to be there
+        )
+        self._calm, self._patience = 0, CALM_PASSES  # passes since the last shortage, and how many have to be
+        self._refused = 0  # of the device's refused_bytes, those that count as lost already
 
     @property
     def cache_bytes(self) -> int:
@@ -79,12 +111,15 @@ class Residency:
         growth, sure = 0, True
         if self._makes_cache(kwargs):
             foreseen = cache_growth(caches[0] if caches else None, self._config, self._itemsize, coming)
-            growth, sure = foreseen.nbytes, foreseen.sure and self._caching is True
-        activations = activation_bytes(self._config, self._itemsize, coming)
+            growth = growth_where_computed(caches[0] if caches else None, foreseen)
+            sure = foreseen.sure and self._caching is True
+        past = cache_length(caches[0]) if caches else 0
+        activations = activation_bytes(self._config, self._itemsize, coming, past)
         me = threading.current_thread()
         with self._lock:
             self._count(caches, again=False)
             self._coming[me] = (growth, activations)
+            self._keep_track()
             try:
                 self._make_room(coming, sure)
             except BaseException:
@@ -99,6 +134,79 @@ class Residency:
             self._count([*caches_of(kwargs), *returned], again=True)
             if isinstance(output, Mapping) and self._makes_cache(kwargs):
                 self._caching = bool(returned)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes of the budget that turned out not to be there, and are planned without."""
+        with self._lock:
+            return self._lost
+
+    def relieve(self, asked: int | None, *, ended: bool) -> Given:
+        """Give `asked` bytes back and some more, if weights can: that many could not be had. None: not known how many.
+
+        `ended`: the calling thread's pass has. Residents that are there leave first; where that is not enough, memory
+        is divided anew, with another window, as soon as nobody uses it. Raises ClosedError, and OutOfMemoryError
+        where not even the smallest window can be had: the next pass looks for one again.
+        """
+        with self._lock:
+            if ended:
+                self._coming.pop(threading.current_thread(), None)
+            weights, footprints = self._streaming.weights, self._streaming.footprints
+            if not weights:
+                return Given(0, 0)
+            ceiling = self._streaming.account.ceiling
+            asked = ceiling // UNSAID_SHARE if asked is None else asked
+            self._missed = min(max(self._missed, asked), ceiling)
+            self._calm, self._patience = 0, 2 * self._patience
+            residents = self._residents
+            there = frozenset(index for index in residents if weights[index].resident is not None)
+            window, fixed = self._placement.window_bytes, self._fixed
+            bound = frozenset(index for index in residents if not streams_through(window, footprints[index]))
+            used, least = fixed + self._bytes(there), smallest(footprints)
+            target = max(least, used - asked - self._spare)
+            self._lose(target)
+            stay = thinned(footprints, there | bound, window, target - fixed)
+            if stay is not None and self._divided and not self._stranded:
+                self._keep(residents, stay)
+            # If somebody uses the window, all leave that it can stream.
+            elif not self._divide_smaller(target, least):
+                self._keep(residents, bound)
+            left = frozenset(index for index in there if weights[index].resident is not None)
+            return Given(window - self._placement.window_bytes, self._bytes(there) - self._bytes(left))
+
+    def _divide_smaller(self, target: int, least: int) -> bool:
+        """Divide memory anew within `target` bytes, or within `least` where those cannot be had either."""
+        footprints = self._streaming.footprints
+        try:
+            return self._divide(place(footprints, target, self._rows), SHORT_PATIENCE)
+        except BudgetError:
+            if target == least:
+                raise
+        return self._divide(place(footprints, least), SHORT_PATIENCE)
+
+    def _lose(self, target: int) -> None:
+        """From now on, plan as if no more than `target` bytes were left for weights."""
+        self._lost = max(self._lost, min(self._limits()[:2]) - target)
+
+    def _keep_track(self) -> None:
+        """Before a pass: what residents were refused is lost; what was lost may be there again."""
+        refused = self._streaming.coordinator.device.refused_bytes
+        if refused > self._refused:
+            self._missed, self._refused = max(self._missed, refused - self._refused), refused
+            self._calm = 0
+            self._lose(self._fixed + self._bytes(self._residents))
+        self._calm += 1
+        if not self._lost or self._calm < self._patience or self.cache_bytes or len(self._coming) > 1:
+            return
+        self._calm = 0
+        allowed = min(self._limits()[:2]) - self._lost
+        planned = max(0, allowed - self._fixed - self._bytes(self._residents))
+        there = self._streaming.coordinator.device.free_memory()
+        free = free_memory() if there is None else there
+        found = min(self._lost, free - self._missed - planned)
+        if found > 0:
+            self._lost -= found
+            logger.info("%d bytes that were missing can be had again", found)
 
     def _makes_cache(self, kwargs: Mapping[str, Any]) -> bool:
         asked = kwargs.get("use_cache")
@@ -119,54 +227,81 @@ class Residency:
         """The weights that are to be resident now; kept by the weights themselves, so that it cannot be half true."""
         return frozenset(i for i, weight in enumerate(self._streaming.weights) if weight.wants_residence)
 
+    @property
+    def _stranded(self) -> bool:
+        """Whether a weight is neither to be resident nor can stream through the window: a device had no room for it."""
+        window = self._placement.window_bytes
+        return any(
+            not weight.wants_residence and not streams_through(window, footprint)
+            for weight, footprint in zip(self._streaming.weights, self._streaming.footprints, strict=True)
+        )
+
     def _bytes(self, indices: frozenset[int]) -> int:
         return sum(self._streaming.footprints[index].resident for index in indices)
 
     def _make_room(self, coming: Pass, sure: bool) -> None:
         account, footprints = self._streaming.account, self._streaming.footprints
-        caches = self.cache_bytes + sum(growth for growth, _ in self._coming.values())
-        other = account.small + account.bounce + caches
-        ceiling = account.ceiling - other
-        machine = account.free - other - sum(activations for _, activations in self._coming.values())
-        within = min(ceiling, machine)
+        ceiling, machine, caches = self._limits()
         least = smallest(footprints)
+        within = min(ceiling, machine)
+        within = max(min(within, least), within - self._lost)  # what was lost is no reason to refuse a pass
         better = self._other_window(coming.rows, max(within, least))
         if self._divided and better is None and self._fits(within):
             return
         if within < least:
             if ceiling < least and sure:
                 self._refuse(ceiling, least, caches, coming)
-            self._warn(coming, account.free - machine)
+            self._warn(coming, account.free - machine, least)
             within = least
-        fixed = self._placement.window_bytes + self._placement.transient_bytes
-        residents = self._residents
-        stay = thinned(footprints, residents, self._placement.window_bytes, within - fixed)
-        if stay is None or not self._divided or better is not None:
-            self._divide(better or place(footprints, within, self._rows))
+        residents, left = self._residents, within - self._fixed
+        stay = thinned(footprints, residents, self._placement.window_bytes, left)
+        broken = not self._divided or self._stranded
+        if stay is None or broken or better is not None:
+            # What was lost is no reason to wait: another pass will find a better moment.
+            needed = self._lost == 0 or broken or min(ceiling, machine) < self._fixed
+            patience = PATIENCE if needed or better is not None else 0.0
+            if not self._divide(better or place(footprints, within, self._rows), patience):
+                self._cannot_divide()
         elif stay != residents:
             self._keep(residents, stay)
         else:
-            spare = min(SPARE_BYTES, account.ceiling // SPARE_SHARE)
-            self._keep(residents, self._returning(residents, within - fixed, spare))
+            self._keep(residents, self._returning(residents, left, self._spare))
+
+    def _limits(self) -> tuple[int, int, int]:
+        """Bytes left for weights by the ceiling, and by what the machine had free; bytes of all caches."""
+        account = self._streaming.account
+        caches = self.cache_bytes + sum(growth for growth, _ in self._coming.values())
+        other = account.small + account.bounce + caches
+        activations = sum(activations for _, activations in self._coming.values())
+        return account.ceiling - other, account.free - other - activations, caches
+
+    @property
+    def _fixed(self) -> int:
+        return self._placement.window_bytes + self._placement.transient_bytes
+
+    @property
+    def _spare(self) -> int:
+        return min(SPARE_BYTES, self._streaming.account.ceiling // SPARE_SHARE)
 
     def _other_window(self, rows: int, within: int) -> Placement | None:
-        """A placement for passes of `rows` sequences, if it has another window and nothing would be read twice."""
-        if rows <= self._rows or len(self._coming) > 1 or self._streaming.loaded:
+        """A placement for passes of `rows` sequences, if it has another window and nothing would be read twice.
+
+        Only where a CPU computes: another device takes much more of them to compute longer than it copies.
+        """
+        other = self._streaming.host is not None
+        if other or rows <= self._rows or len(self._coming) > 1 or self._streaming.loaded:
             return None
         self._rows = rows
         wanted = place(self._streaming.footprints, within, rows)
         return wanted if wanted.window_bytes != self._placement.window_bytes else None
 
     def _fits(self, within: int) -> bool:
-        """Whether all is well as it is: residents fit, and none could return."""
-        fixed = self._placement.window_bytes + self._placement.transient_bytes
+        """Whether all is well as it is: residents fit, none could return, and the others stream through the window."""
         residents = self._residents
-        room = within - fixed - self._bytes(residents)
-        if room < 0:
+        room = within - self._fixed - self._bytes(residents)
+        if room < 0 or self._stranded:
             return False
-        if residents == self._placement.residents:
-            return True
-        return room < 2 * min(SPARE_BYTES, self._streaming.account.ceiling // SPARE_SHARE)
+        return residents == self._placement.residents or room < 2 * self._spare
 
     def _returning(self, residents: frozenset[int], room: int, spare: int) -> frozenset[int]:
         """The residents when those that left come back, as far as `room` bytes for all of them allow."""
@@ -182,7 +317,9 @@ class Residency:
         logger.debug("residents: %d leave, %d return", len(leave), len(join))
         weights = self._streaming.weights
         self._streaming.coordinator.change_residents(
-            [weights[index] for index in leave], [weights[index] for index in join], self._streaming.unsettle
+            [weights[index] for index in sorted(leave)],
+            [weights[index] for index in sorted(join)],
+            self._streaming.unsettle,
         )
         self._streaming.account = replace(self._streaming.account, residents=self._bytes(stay))
 
@@ -191,17 +328,19 @@ class Residency:
         room = max(0, ceiling + caches - least)
         fit = coming.rows * room // max(caches, 1)
         what = f"at most {fit} of its {coming.rows} sequences fit" if fit else "not even one sequence fits"
+        needed = account.given(account.ceiling + least - ceiling)
         raise BudgetError(
             f"this pass needs {caches} bytes of key-value cache, but the budget of {account.ceiling} bytes leaves "
-            f"{room} with as few weights in memory as possible: {what}; raise max_memory['cpu'] to "
-            f"{account.ceiling + least - ceiling}, or make batch or context smaller",
-            account.ceiling + least - ceiling,
+            f"{room} with as few weights in memory as possible: {what}; raise {account.option} to {needed}, or make "
+            "batch or context smaller",
+            needed,
         )
 
-    def _divide(self, now: Placement) -> None:
+    def _divide(self, now: Placement, patience: float = PATIENCE) -> bool:
         """Give all memory back and divide it anew: as in `now`, and with more residents when caches are gone.
 
-        Every resident is read again at its next use.
+        Every resident is read again at its next use. False, with nothing changed, where somebody uses the window for
+        `patience` seconds.
         """
         streaming, footprints, account = self._streaming, self._streaming.footprints, self._streaming.account
         fixed = now.window_bytes + now.transient_bytes
@@ -216,16 +355,16 @@ class Residency:
             weights[index] for index in sorted(placement.residents) if weights[index].placed is not None
         ]
         join = [weights[index] for index in sorted(now.residents)]
-        leave = [weights[index] for index in self._residents]
-        deadline = time.monotonic() + PATIENCE
+        leave = [weights[index] for index in sorted(self._residents)]
+        deadline = time.monotonic() + patience
+        before = self._divided
         self._divided = False
         while not streaming.coordinator.renew_memory(
             leave, join, places, now.window_bytes, streaming.unsettle
         ):
             if time.monotonic() > deadline:
-                self._divided = True
-                self._cannot_divide()
-                return
+                self._divided = before
+                return False
             time.sleep(BETWEEN)
         self._placement, self._divided = (
             replace(placement, resident_bytes=self._bytes(placement.residents)),
@@ -234,6 +373,7 @@ class Residency:
         streaming.account = replace(
             account, residents=now.resident_bytes, window=now.window_bytes, conversions=now.transient_bytes
         )
+        return True
 
     def _cannot_divide(self) -> None:
         """Memory stays as it is, for tensors of the window are kept: an error where caches would break the ceiling."""
@@ -250,16 +390,25 @@ class Residency:
             raise BudgetError(
                 f"a key-value cache of {held + growth} bytes needs another division of memory, but tensors of the "
                 "window are in use by other threads or kept by the caller; call again when they are done, or raise "
-                "max_memory['cpu']"
+                + account.option
             )
 
-    def _warn(self, coming: Pass, needed: int) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "a pass of %d x %d tokens may take %.2f GiB besides the weights, more than the machine has free: make "
-                "batch or prompt smaller, or lower max_memory['cpu']",
-                coming.rows,
-                coming.tokens,
-                needed / 2**30,
-            )
+    def _warn(self, coming: Pass, needed: int, least: int) -> None:
+        """Tell, once, that a pass may take `needed` bytes besides the `least` that weights do."""
+        if self._warned:
+            return
+        self._warned = True
+        account = self._streaming.account
+        where, remedy = "the machine has free", f"lower {account.option}"
+        if self._streaming.host is not None:  # what a device has free is its budget
+            where = f"the budget on {self._streaming.coordinator.device.name} leaves"
+            remedy = f"raise {account.option} to {account.given(needed + least)}"
+        logger.warning(
+            "a pass of %d x %d tokens may take %.2f GiB besides the weights, more than %s: make batch or prompt "
+            "smaller, or %s",
+            coming.rows,
+            coming.tokens,
+            needed / 2**30,
+            where,
+            remedy,
+        )

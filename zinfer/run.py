@@ -14,14 +14,18 @@ from torch import nn
 
 from zinfer import store
 from zinfer.attach import attach
+from zinfer.caches_on_host import CachesOnHost
+from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
+from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
+from zinfer.opening import Target
 from zinfer.options import REFUSED, checked_dtype
-from zinfer.planner.memory import cpu_ceiling
+from zinfer.planner.memory import ceilings
 from zinfer.planning import predicted_sweep
 from zinfer.runtime import Runtime
 from zinfer.store.folder import store_roots
-from zinfer.streaming import check_offload, stream
+from zinfer.streaming import Streaming, check_offload, stream
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.checkpoint import open_checkpoint
 from zinfer.weights.layout import VECTOR
@@ -44,11 +48,12 @@ def run(
     *,
     offload: str = "auto",
     nvme_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
-    device: str | torch.device | None = None,
+    device: Any = None,
     dtype: str | torch.dtype = "auto",
     max_memory: Mapping[Any, int | str] | None = None,
     progress: bool | None = None,
     timeline: bool = False,
+    kv_offload: str | None = None,
     **options: Any,
 ) -> Any:
     """A ready model whose weights stream from where they lie, within a memory budget.
@@ -57,19 +62,25 @@ def run(
         model: a local checkpoint folder, a hub id, a live PreTrainedModel, or any nn.Module (whose
             weights are written once under `nvme_path` and dropped from memory).
         offload: "nvme" streams from the drive and keeps resident what fits; "cpu" keeps all weights in
-            host memory; "none" gives a plain model in memory; "auto" takes memory if all fits, else the
-            drive.
+            memory, on a device's host what does not fit there; "none" gives a plain model in memory; "auto" takes
+            memory if all fits, else the drive.
         nvme_path: folder on the drive to stream from. None: in place. A checkpoint on another
             filesystem is copied there once; .bin checkpoints are converted there once. A list of two or more
             folders, one on each drive: the checkpoint is written there once, wherever it lies, striped so that
             each read draws on all of them; the small files are in the first.
-        device: where to compute; this version computes on "cpu" (None means that too).
+        device: where to compute: "cpu", "cuda", "cuda:1" or a torch.device; None: the GPU where there is one. Or
+            a zinfer.device.staged.StagedProcessor, a pretend device for tests.
         dtype: "auto" (the checkpoint's), a torch dtype or its name; casts on the fly where it differs.
-        max_memory: {"cpu": "8GiB"}: ceiling on weights, buffers and key-value caches, sizes in bytes or as text.
-            Default: what the machine and its cgroup have free, less headroom for the libraries.
+        max_memory: {"cpu": "8GiB", 0: "20GiB"}: ceilings on host memory and on the device's, sizes in bytes or as
+            text: for weights, buffers and, where the model computes, key-value caches. Default: what the machine and
+            its cgroup, and the device, have free, less headroom for the libraries.
         progress: show bars for copies and loads; None: when stderr is a terminal.
         timeline: record every read, wait and operator (a few microseconds each, at most about 20 MB), for
             model.zinfer.timeline("out.json").
+        kv_offload: "cpu" keeps key-value caches in host memory, page-locked, and brings them to the device one layer
+            ahead of its operators: the device holds two layers of a cache, the host, of whose budget a quarter is
+            kept for it, the rest. For decoder-only models with full or sliding attention, hybrids included. Caches
+            that the caller makes stay on the device.
         options: further from_pretrained keywords (revision, token, trust_remote_code, subfolder,
             variant, attn_implementation ...), and config attributes to override.
 
@@ -79,8 +90,6 @@ def run(
     Raises OptionError, BudgetError, CheckpointError, StoreError, DriveError (see zinfer.errors).
     """
     check_offload(offload)
-    _check_device(device)
-    ceiling = cpu_ceiling(max_memory)
     for name in options:
         if name in REFUSED:
             raise OptionError(f"{name} has no effect in zinfer.run: {REFUSED[name]}")
@@ -93,10 +102,14 @@ def run(
             f"timeline={timeline!r}: pass True to record, then call model.zinfer.timeline(path) to write the file"
         )
     recorder = Recorder() if timeline else None
+    processor = processor_for(device, timed=timeline)
+    number = None if processor is None else processor.torch_device.index or 0
+    check_kv_offload(kv_offload, attached=processor is not None)
+    target = Target(processor, *ceilings(max_memory, number), kv_offload is not None)
     with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it
         if isinstance(model, nn.Module):
-            return _run_module(model, offload, path, dtype, ceiling, show, options, recorder)
-        return _run_checkpoint(_path("model", model), offload, path, dtype, ceiling, show, options, recorder)
+            return _run_module(model, offload, path, dtype, target, show, options, recorder)
+        return _run_checkpoint(_path("model", model), offload, path, dtype, target, show, options, recorder)
 
 
 def _run_checkpoint(
@@ -104,7 +117,7 @@ def _run_checkpoint(
     offload: str,
     nvme_path: tuple[str, ...] | None,
     dtype: Any,
-    ceiling: int | None,
+    target: Target,
     show: bool,
     options: dict[str, Any],
     recorder: Recorder | None,
@@ -124,14 +137,26 @@ def _run_checkpoint(
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
-    streaming = stream(model, offload=offload, ceiling=ceiling, progress=show, recorder=recorder)
+    if target.kv_offload:
+        check_model(model)
+    streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
+    caches = _caches(model, streaming, target, recorder)
     predict = None
-    if as_saved:
+    if as_saved and not target.kv_offload:
         plan_options = {**model_options, **({"trust_remote_code": True} if trust else {})}
-        budget = streaming.account.ceiling
-        predict = partial(predicted_sweep, where, budget, offload, checked_dtype(dtype), plan_options)
+        predict = partial(
+            predicted_sweep,
+            where,
+            (streaming.host or streaming.account).ceiling,
+            offload,
+            checked_dtype(dtype),
+            plan_options,
+            processor=target.processor,
+            on_device=streaming.account.ceiling if streaming.host is not None else 0,
+        )
     return attach(
-        model, Runtime(model, streaming, where, offload, written, recorder=recorder, predict=predict)
+        model,
+        Runtime(model, streaming, where, offload, written, recorder=recorder, caches=caches, predict=predict),
     )
 
 
@@ -140,7 +165,7 @@ def _run_module(
     offload: str,
     nvme_path: tuple[str, ...] | None,
     dtype: Any,
-    ceiling: int | None,
+    target: Target,
     show: bool,
     options: dict[str, Any],
     recorder: Recorder | None,
@@ -159,6 +184,8 @@ def _run_module(
         raise OptionError(
             "a scripted module keeps its weights out of Python's reach; pass the module it came from"
         )
+    if target.kv_offload:
+        check_model(module)
     before = _written_bytes()
     entry, stored = store.save_module(module, nvme_path, progress=show)
     written = _written_bytes() - before
@@ -176,10 +203,14 @@ def _run_module(
                     symbolic[id(tensor)] = _stand_in(tensor, checkpoint.tensors[stored[full_name]])
                 owner._parameters[attribute] = symbolic[id(tensor)]
         streaming = stream(
-            module, offload=offload, ceiling=ceiling, progress=show, allocated=True, recorder=recorder
+            module, offload=offload, target=target, progress=show, allocated=True, recorder=recorder
         )
         try:
-            attach(module, Runtime(module, streaming, entry, offload, written, recorder=recorder))
+            caches = _caches(module, streaming, target, recorder)
+            attach(
+                module,
+                Runtime(module, streaming, entry, offload, written, recorder=recorder, caches=caches),
+            )
         except BaseException:
             streaming.coordinator.close()
             raise
@@ -188,6 +219,15 @@ def _run_module(
             parameters[attribute] = tensor
         raise
     return module.eval()
+
+
+def _caches(
+    model: Any, streaming: Streaming, target: Target, recorder: Recorder | None
+) -> CachesOnHost | None:
+    if not target.kv_offload:
+        return None
+    assert target.processor is not None and streaming.host is not None
+    return CachesOnHost(model, target.processor, streaming.host, model.dtype.itemsize, recorder)
 
 
 def _stand_in(tensor: torch.Tensor, entry: TensorEntry) -> SymbolicTensor:
@@ -220,12 +260,3 @@ def _folders(nvme_path: Any) -> tuple[str, ...]:
     folders = tuple(_path("nvme_path", path) for path in (nvme_path if several else (nvme_path,)))
     store_roots(folders)  # now, before anything is downloaded or written
     return folders
-
-
-def _check_device(device: str | torch.device | None) -> None:
-    try:
-        kind = "cpu" if device is None else torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
-    if kind != "cpu":
-        raise OptionError(f"device={device!r}: this version computes on the CPU; leave device out")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from zinfer.errors import OptionError
+from zinfer.caches_on_host import CachesOnHost
+from zinfer.errors import OptionError, OutOfMemoryError
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
-from zinfer.report import Report
+from zinfer.prefill import Prefill
+from zinfer.relief import Relief
+from zinfer.report import DeviceFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -25,8 +29,9 @@ class Runtime:
 
     A sweep is counted at each call of the model itself; the time between two calls of a thread belongs to the
     first of them, so sampling and text output count as part of a token's time (see zinfer.timeline.sweeps).
-    `recorder`: what the reads and operators are told to, if timeline() was asked for. `predict`: seconds that a sweep
-    of so many sequences, so many positions long, should take, or None; the report shows it beside the measured.
+    `recorder`: what the reads and operators are told to, if timeline() was asked for. `caches`: who puts
+    key-value caches into host memory, if they are to be there. `predict`: seconds that a sweep of so many sequences,
+    so many positions long, should take, or None; the report shows it beside the measured.
     """
 
     def __init__(
@@ -38,16 +43,21 @@ class Runtime:
         bytes_written: int,
         *,
         recorder: Recorder | None = None,
+        caches: CachesOnHost | None = None,
         predict: Callable[[int, int], float | None] | None = None,
     ) -> None:
         self._name = type(model).__name__
         self._streaming = streaming
-        # In "cpu" and "none" every weight stays, whatever else takes memory: that is what was asked for.
-        self._residency = Residency(model, streaming) if offload in ("auto", "nvme") else None
+        # Of "none", and of "cpu" on a CPU, every weight stays, whatever else takes memory: that is what was asked for.
+        streams = offload in ("auto", "nvme") or (offload == "cpu" and streaming.host is not None)
+        self._residency = Residency(model, streaming) if streams else None
+        self._prefill = Prefill(model, streaming, self._residency, caches)
+        self._relief = Relief(streaming, self._residency)
         self._source = source
         self.offload = offload
         self._bytes_written = bytes_written
         self._recorder = recorder
+        self.caches = caches
         self._predict = predict
         self._predicted: float | None = None
         self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
@@ -55,7 +65,8 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened so far."""
-        coordinator, account = self._streaming.coordinator, self._streaming.account
+        coordinator = self._streaming.coordinator
+        account = self._streaming.host or self._streaming.account
         drives, counters = coordinator.device.drives, coordinator.counters
         steady = self._log.steady()
         # A copy: other threads may wait meanwhile.
@@ -71,15 +82,15 @@ class Runtime:
             backend=drives.backend,
             direct=all(file.direct for file in drives.files.values()),
             drives=tuple(map(str, drives.settings)),
-            model_bytes=sum(w.nbytes for w in self._streaming.weights) + account.small,
+            model_bytes=sum(w.nbytes for w in self._streaming.weights) + self._streaming.account.small,
             budget=account.ceiling,
             planned_resident_bytes=account.residents,
-            resident_bytes=self.resident_bytes,
+            resident_bytes=self._host_bytes,
             window_bytes=account.window,
             small_bytes=account.small,
             bounce_bytes=account.bounce,
             conversion_bytes=account.conversions,
-            cache_bytes=0 if self._residency is None else self._residency.cache_bytes,
+            cache_bytes=self._host_cache_bytes,
             pool_bytes=sum(pool.capacity for pool in pools),
             huge_page_bytes=None if None in huge else sum(filter(None, huge)),
             bytes_read=stats["bytes_transferred"],
@@ -106,12 +117,45 @@ class Runtime:
             longest_waits=tuple(waits[:5]),
             waits_by_weight=dict(waits),
             process_peak_bytes=process_peak(),
+            shortages=self._relief.count,
             fallbacks=self._fallbacks(),
+            device=self._device_figures(),
+        )
+
+    def _device_figures(self) -> DeviceFigures | None:
+        if self._streaming.host is None:
+            return None
+        account = self._streaming.account
+        return DeviceFigures(
+            name=self._streaming.coordinator.device.name,
+            budget=account.ceiling,
+            planned_resident_bytes=account.residents,
+            resident_bytes=self.resident_bytes,
+            window_bytes=account.window,
+            small_bytes=account.small,
+            conversion_bytes=account.conversions,
+            cache_bytes=self._cache_bytes,
         )
 
     @property
+    def _cache_bytes(self) -> int:
+        return 0 if self._residency is None else self._residency.cache_bytes
+
+    @property
+    def _host_cache_bytes(self) -> int:
+        if self._streaming.host is None:
+            return self._cache_bytes
+        return 0 if self.caches is None else self.caches.nbytes
+
+    @property
+    def _host_bytes(self) -> int:
+        """Bytes of weights that are in host memory for good by now."""
+        kept = self._streaming.coordinator.device.kept_bytes
+        return kept + (self.resident_bytes if self._streaming.host is None else 0)
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes of weights that are in memory for good by now, small tensors included."""
+        """Bytes of weights that are for good in the memory that computes by now, small tensors included."""
         weights = self._streaming.weights
         return sum(w.nbytes for w in weights if w.resident is not None) + self._streaming.account.small
 
@@ -124,7 +168,12 @@ class Runtime:
     @property
     def sweep_bytes(self) -> int:
         """Bytes that a sweep is expected to read once the residents are loaded."""
-        return sum(w.read_bytes for w in self._streaming.weights if not (w.wants_residence or w.rows_only))
+        device = self._streaming.coordinator.device
+        return sum(
+            weight.read_bytes
+            for weight in self._streaming.weights
+            if not (weight.wants_residence or weight.rows_only or device.in_place(weight))
+        )
 
     @property
     def sweeps(self) -> int:
@@ -149,10 +198,10 @@ class Runtime:
     def predict(self) -> float | None:
         """Seconds that a sweep like the last should take by `zinfer.plan`, to stand in the report beside the measured.
 
-        None where that is not known: no pass yet, more than one drive, a live module, a changed config, or a machine
-        that was never measured (`zinfer plan MODEL` does that). Takes a second or two, for the model is built once
-        more, without weights; transformers changes torch's default dtype meanwhile, so call it while no other thread
-        computes. Raises what zinfer.plan raises.
+        None where that is not known: no pass yet, more than one drive, a live module, a changed config, a device whose
+        caches lie in host memory, or a machine that was never measured (`zinfer plan MODEL` does that). Takes a second
+        or two, for the model is built once more, without weights; transformers changes torch's default dtype meanwhile,
+        so call it while no other thread computes. Raises what zinfer.plan raises.
         """
         drives = self._streaming.coordinator.device.drives
         if self._predict is not None and self._shape is not None and len(drives.settings) == 1:
@@ -161,6 +210,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
+        if self.caches is not None:
+            self.caches.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:
@@ -182,9 +233,17 @@ class Runtime:
         state = "closed" if self.closed else f"{self._log.begun} sweeps"
         return f"<zinfer runtime of {self._name} from {os.path.basename(self._source)}: {state}>"
 
-    def begin_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook for before the model's forward. Raises ClosedError after close(), and what Residency.before raises."""
+    def begin_sweep(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A hook for before the model's forward, which gets what this returns.
+
+        Raises ClosedError after close(), and what Residency.before and CachesOnHost.before raise.
+        """
         self._streaming.coordinator.refuse_closed()  # also where no weight is streamed that would say so
+        self._streaming.coordinator.device.enter()
+        if self.caches is not None:
+            kwargs = self.caches.before(args, kwargs)
         if self._residency is not None:
             self._residency.before(args, kwargs)
         if (coming := Pass.of(kwargs, args)) is not None:
@@ -192,15 +251,25 @@ class Runtime:
         if self._recorder is not None:
             self._recorder.begin_sweep()
         self._log.begin(self._mark())
+        return args, kwargs
 
     def end_sweep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A hook for after the model's forward."""
         if self._recorder is not None:
             self._recorder.end_sweep()
-        self._log.end(self._mark(), host_bytes=self.resident_bytes, device_bytes=0)
+        on_device = 0 if self._streaming.host is None else self.resident_bytes
+        self._log.end(self._mark(), host_bytes=self._host_bytes, device_bytes=on_device)
         if self._residency is not None:
             self._residency.after(kwargs, output)
         self._streaming.coordinator.device.hurry()
+
+    def prefill_chunk(self, input_ids: torch.Tensor, settings: Any, inputs: Mapping[str, Any]) -> int | None:
+        """Tokens of a prompt to prefill at once; None: all, or as its settings say. See Prefill.chunk."""
+        return self._prefill.chunk(input_ids, settings, inputs)
+
+    def ran_out(self, error: BaseException) -> OutOfMemoryError:
+        """What to raise, from `error`, where there was no memory in a pass. Gives memory back for the next one."""
+        return self._relief.ended(error)
 
     def _mark(self) -> Mark:
         device = self._streaming.coordinator.device
@@ -225,7 +294,14 @@ class Runtime:
         return (steady.rate * steady.wall_seconds / busy if steady.rate and busy > 0 else None), "engine"
 
     def _fallbacks(self) -> tuple[str, ...]:
-        drives = self._streaming.coordinator.device.drives
+        device = self._streaming.coordinator.device
+        drives = device.drives
         notes = [f"{backend} not used: {reason}" for backend, reason in drives.fallbacks]
         reasons = dict.fromkeys(file.direct_reason for file in drives.files.values() if not file.direct)
-        return (*notes, *(f"O_DIRECT not used: {reason}" for reason in reasons))
+        return (
+            *notes,
+            *self._relief.notes,
+            *self._prefill.notes,
+            *(f"O_DIRECT not used: {reason}" for reason in reasons),
+            *device.fallbacks,
+        )

@@ -63,6 +63,9 @@ def test_its_json_is_the_plan_of_the_library(command, config):
         (["--hardware", "a6000", "--max-memory", "0=1MiB"], 1, "smallest max_memory[0]"),
         (["--hardware", "a6000", "--batch", "99999"], 1, "largest batch that fits"),
         (["--hardware", "a6000", "--remeasure"], 2, "remeasure"),
+        (["--hardware", "a6000", "--device", "cpu"], 2, "device has no effect"),
+        (["--device", "cuda:99"], 2, "device='cuda:99'"),
+        (["--device", "abacus"], 2, "device='abacus'"),
         (["--batch", "0"], 2, "not a positive number"),
         (["--hardware", "a6000", "--dtype", "int3"], 2, "int3"),
     ],
@@ -104,10 +107,11 @@ def measured(monkeypatch) -> None:
 
 
 def test_that_the_machine_is_measured_is_told_once_on_stderr(command, config, measured):
-    status, out, err = command("plan", config, "--prompt", "8", "--json")
+    asked = ("plan", config, "--device", "cpu", "--prompt", "8")
+    status, out, err = command(*asked, "--json")
     assert status == 0 and json.loads(out)["hardware"] == "a made-up CPU"
     assert "measuring drive, memory and arithmetic of this machine" in err
-    assert command("plan", config, "--prompt", "8")[2] == ""
+    assert command(*asked)[2] == ""
 
 
 def test_debug_tells_what_is_planned_for(command, config):

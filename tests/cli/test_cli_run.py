@@ -5,6 +5,7 @@ import os
 import pty
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import transformers
 import zinfer
 from tests.cli.conftest import BERT, T5, started
 from zinfer.cli import run as run_command
+from zinfer.device.staged import StagedProcessor
 
 BUDGET = "cpu=200KB"  # of 500 KB of weights: most of them stream
 PROMPT = "Once upon a time"
@@ -69,6 +71,49 @@ def test_every_offload_says_the_same(offload, llama, command):
         command("run", llama, "--prompt", PROMPT, "--max-new-tokens", "8", "--offload", offload)[1]
         == text + "\n"
     )
+
+
+def test_caches_in_host_memory_say_the_same(llama, command, monkeypatch, tmp_path):
+    _, text = expected_ids(llama, PROMPT, 8)
+    monkeypatch.setattr(sys.modules["zinfer.run"], "processor_for", lambda *_, **__: StagedProcessor(1 << 30))
+    path = tmp_path / "report.json"
+    arguments = ("--max-new-tokens", "8", "--kv-offload", "cpu", "--json", str(path))
+    status, out, _ = command("run", llama, "--prompt", PROMPT, *arguments)
+    assert (status, out) == (0, text + "\n")
+    assert json.loads(path.read_text())["report"]["device"]["name"] == "staged"
+
+
+def test_caches_in_host_memory_need_a_device(llama, command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = command("run", llama, "--prompt", PROMPT, "--kv-offload", "cpu")
+    assert (status, out) == (2, "")
+    assert "kv_offload='cpu' has no effect where the CPU computes" in err
+
+
+def test_it_computes_where_it_is_told(llama, command, monkeypatch, tmp_path):
+    _, text = expected_ids(llama, PROMPT, 4)
+    asked = []
+
+    def chosen(device, **_):
+        asked.append(device)
+        return StagedProcessor(1 << 30)
+
+    monkeypatch.setattr(sys.modules["zinfer.run"], "processor_for", chosen)
+    path = tmp_path / "report.json"
+    arguments = (
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cuda:0",
+        "--max-memory",
+        "0=100MiB",
+        "--json",
+        str(path),
+    )
+    status, out, _ = command("run", llama, "--prompt", PROMPT, *arguments)
+    assert (status, out, asked) == (0, text + "\n", ["cuda:0"])
+    device = json.loads(path.read_text())["report"]["device"]
+    assert (device["name"], device["budget"]) == ("staged", 100 << 20)
 
 
 def test_sampling_repeats_with_its_seed(llama, command):
@@ -165,6 +210,8 @@ def test_a_budget_too_small_names_the_smallest_that_works(llama, command, nothin
         (["run", "MODEL", "--ids", "1,x"], 2, "1,x"),
         (["run", "MODEL", "--ids", "1,272"], 2, "vocabulary of 272"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "3GiB"], 2, "cpu=3GiB"),
+        (["run", "MODEL", "--prompt", "x", "--device", "abacus"], 2, "device='abacus'"),
+        (["run", "MODEL", "--prompt", "x", "--device", "cuda:99"], 2, "device='cuda:99'"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "0=3GiB"], 2, "CPU"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "cpu=much"], 2, "much"),
         (["run", "MODEL", "--prompt", "x", "--max-memory", "cpu=1GB", "--max-memory", "cpu=2GB"], 2, "twice"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zinfer.errors import DriveError
+from zinfer.errors import BudgetError, DriveError
 from zinfer.timeline.tally import Tally
 
 SIZE = 100  # bytes of a weight's region, unless told
@@ -51,6 +51,14 @@ class FakeFetch:
         self._tensor: torch.Tensor | None = None
         if not held_back:
             self._ready.set()
+
+    @property
+    def takes_room(self) -> bool:
+        return not self.in_place
+
+    @property
+    def lifted(self) -> bool:
+        return True
 
     @property
     def done(self) -> bool:
@@ -97,9 +105,30 @@ class FakeDevice:
         self.closed = False
         self.tally = Tally()
         self.generation = 0
+        self.patience = 0.3
         self.absent: set[str] = set()  # residents whose place is not present yet
+        self.on_room: weakref.WeakMethod[Callable[[], None]] | None = None
         self.on_start: Callable[[str], None] = lambda name: None
         self._lives: list[weakref.ref[FakeFetch]] = []
+
+    @property
+    def ahead_bytes(self) -> int:
+        return self.window.capacity if self.window is not None else 0
+
+    @property
+    def in_use(self) -> int:
+        return self.window.in_use if self.window is not None else 0
+
+    def bring(self, weight: Any) -> bool:
+        return False
+
+    def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
+        return True
+
+    def shortage(self, weight: Any) -> BudgetError:
+        return BudgetError(
+            f"{weight.name!r} needs {weight.layout.nbytes} bytes, held by tensors still in use"
+        )
 
     def in_place(self, weight: Any) -> bool:
         return weight.wants_residence and weight.placed is not None and weight.name not in self.absent
@@ -123,6 +152,9 @@ class FakeDevice:
     def read_rows(self, weight: Any, rows: list[int]) -> torch.Tensor:
         self.rows.append((weight.name, rows))
         return torch.zeros(len(rows), 4)
+
+    def free_memory(self) -> int:
+        return 0
 
     def close(self) -> None:
         self.closed = True

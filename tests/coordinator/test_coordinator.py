@@ -172,8 +172,7 @@ def test_a_demand_may_take_the_whole_window():
     assert scene.device.alive() == ["z"]
 
 
-def test_a_window_full_of_tensors_in_use_is_an_error_after_the_deadline(monkeypatch):
-    monkeypatch.setattr(module, "ROOM_DEADLINE", 0.0)
+def test_a_window_full_of_tensors_in_use_is_an_error_after_the_deadline():
     scene = Scene("ab", window=SIZE)
     weight: Any = scene.weights["a"]
     scene.use("a")

@@ -85,7 +85,7 @@ class Formats(logging.Handler):
     """Formats what is logged: a record that cannot be is found out here, not on a user's terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.getMessage()
+        record.getMessage().encode()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,13 @@ def test_operators_add_up_and_each_costs_its_start():
     assert compute_seconds([thrice, ROW], cpu(operator_seconds=1e-3)) == pytest.approx(0.8 + 4e-3)
 
 
+def test_a_device_works_while_the_host_starts_what_comes_next():
+    many = Operator("copy", "float32", 1, 0, 10 * GB, count=100)  # 10 ms each
+    assert compute_seconds([many], gpu(operator_seconds=1e-4)) == pytest.approx(1.0)
+    few = Operator("copy", "float32", 1, 0, GB // 1000, count=100)  # a microsecond each
+    assert compute_seconds([few], gpu(operator_seconds=1e-4)) == pytest.approx(0.01)
+
+
 def test_the_drive_carries_what_is_resident_nowhere():
     bounds = sweep(EMPTY, SIZES, cpu(), host={1})
     assert bounds == Bounds(drive=3.0, pcie=0.0, compute=0.0)  # all of 0 and half of 2

@@ -12,12 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import architectures
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.outline import outline_of
+from zinfer.parts import gather
 from zinfer.planner.cost import Work
-from zinfer.streaming import gather
 
 aten = torch.ops.aten
 
 BATCH, PROMPT, NEW = 2, 12, 4
+
+
+def noted_apart(model, held) -> Work:
+    """The work where no operator is taken for another that was like it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zinfer.dry_run._shapes", lambda *_: None)
+        return dry_run(model, held, BATCH, PROMPT, NEW)
 
 
 def work_of(name: str, **changes: int) -> tuple[Work, list]:
@@ -153,3 +160,20 @@ def test_whatever_a_model_raises_without_data_is_a_refusal(error, monkeypatch):
     monkeypatch.setattr(type(model), "forward", refuse)
     with pytest.raises(DryRunError, match=error.__name__):
         dry_run(model, held, 1, 4, 4)
+
+
+@pytest.mark.parametrize("name", architectures.ALL)
+def test_operators_that_are_taken_for_alike_are(name):
+    def outline():
+        config = copy.deepcopy(architectures.ALL[name][1])
+        config.architectures = [architectures.ALL[name][0].__name__]
+        model = outline_of(config, torch.float32, {}).model
+        return model, gather(model)
+
+    try:
+        apart = noted_apart(*outline())
+    except DryRunError:
+        with pytest.raises(DryRunError):
+            dry_run(*outline(), BATCH, PROMPT, NEW)
+    else:
+        assert dry_run(*outline(), BATCH, PROMPT, NEW) == apart

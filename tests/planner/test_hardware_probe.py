@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.planner.machines import cpu
-from zinfer import hardware_probe
+from zinfer import device_probe, hardware_probe
 from zinfer.aio.block_device import block_device_of
 from zinfer.aio.probe import DriveRate
 from zinfer.aio.profile import Profile, save_profile
-from zinfer.errors import OptionError
-from zinfer.hardware_probe import cache_path, this_machine
+from zinfer.device.staged import StagedProcessor
+from zinfer.device_probe import FIGURES
+from zinfer.errors import BudgetError, OptionError
+from zinfer.hardware_cache import cache_path
+from zinfer.hardware_probe import measured_machine, this_machine
 
 CONDITIONS = ["method", "cpu", "torch", "transformers", "threads", "memory"]
 
@@ -91,7 +95,15 @@ def test_measuring_again_is_measuring_again(shard, measurements):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"schema": 0, "drives": {}}', '{"schema": 2, "drives": []}', "{"]
+    "text",
+    [
+        "",
+        "[]",
+        '{"schema": 0, "drives": {}}',
+        '{"schema": 2, "drives": []}',
+        '{"schema": 2, "drives": {}, "devices": 1}',
+        "{",
+    ],
 )
 def test_a_damaged_cache_is_told_of_and_measured_anew(shard, measurements, text, caplog):
     cache_path().parent.mkdir(parents=True)
@@ -231,3 +243,207 @@ def test_measuring_and_its_temporary_file_are_told(tmp_path, monkeypatch, caplog
         this_machine([str(tmp_path)])
     assert "measuring drive, memory and arithmetic" in caplog.text
     assert f"temporary file of 16 MiB in {tmp_path}" in caplog.text
+
+
+MEMORY = 1 << 30
+FOUND = {
+    "device_memory": MEMORY,
+    "device_bandwidth": 1e12,
+    "host_to_device": 2e10,
+    "matmul": {"bfloat16": [[1, 1e12], [512, 2e14]]},
+    "copy_bandwidth": 9e11,
+    "attention_bandwidth": 8e11,
+    "operator_seconds": 1e-5,
+}
+
+
+@pytest.fixture
+def device_measurements(monkeypatch) -> list[str]:
+    """The device of each measurement, none of which takes time: each finds copies faster by 1 byte a second."""
+    made: list[str] = []
+
+    def measure(processor: StagedProcessor, when: str) -> object:
+        made.append(processor.name)
+        figures = FOUND | {"host_to_device": 2e10 + len(made)}
+        return figures, dict.fromkeys(FIGURES, f"measured {when}"), False
+
+    monkeypatch.setattr(hardware_probe, "measure_device", measure)
+    return made
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Measurements of a device in milliseconds, and in little memory."""
+    for name, value in {
+        "SECONDS": 0.002,
+        "BATCH_SECONDS": 0.0005,
+        "ROWS": (1, 8),
+        "WIDTH": 512,
+        "WORKING_SET": 4 << 20,
+        "EXTENT_BYTES": 1 << 20,
+        "ATTENTION": (2, 2, 64, 32),
+    }.items():
+        monkeypatch.setattr(device_probe, name, value)
+
+
+def test_a_device_is_measured_through_its_processor(quickly, nothing_left):
+    processor = StagedProcessor(MEMORY)
+    figures, sources, _ = device_probe.measure_device(processor, "today")
+    processor.close()
+    assert set(figures) == set(sources) == set(FIGURES)
+    assert figures["device_memory"] == MEMORY
+    assert [rows for rows, _ in figures["matmul"]["float16"]] == [1, 8]
+    assert set(figures["matmul"]) == {"bfloat16", "float16", "float32"}
+    assert all(figures[name] > 0 for name in FIGURES if name != "matmul")
+    assert "pageable" in sources["host_to_device"] and "today" in sources["host_to_device"]
+    assert processor.memory() == (MEMORY, MEMORY), "what was measured with is given back"
+
+
+def test_copies_are_timed_until_they_have_run(quickly):
+    processor = StagedProcessor(MEMORY, delay=lambda kind: 0.01 if kind == "ordinary" else 0.0)
+    rate, _ = device_probe._host_rate(processor)
+    processor.close()
+    assert rate < (1 << 20) / 0.01
+
+
+def test_operators_are_timed_until_the_device_has_run_them(quickly, monkeypatch):
+    """A device that runs behind the host: what was started has run only when a fence is reached."""
+    processor = StagedProcessor(MEMORY)
+    started, real = [], processor.fence
+
+    def fence(stream: object) -> object:
+        time.sleep(0.001 * len(started))
+        started.clear()
+        return real(stream)
+
+    monkeypatch.setattr(processor, "fence", fence)
+    times = device_probe._times(processor, started.append)
+    processor.close()
+    assert all(0.001 <= each < 0.1 for each in times)
+
+
+def test_operators_run_where_the_processor_computes(quickly, monkeypatch):
+    """On none but the device it names: here torch's meta device, which the host's own tensors are not on."""
+    seen = set()
+    processor = StagedProcessor(MEMORY)
+    processor.torch_device = torch.device("meta")
+    real = device_probe._product
+
+    def product(x: torch.Tensor, weights: list[torch.Tensor], turn: int) -> torch.Tensor:
+        seen.update({x.device.type, weights[0].device.type})
+        return real(x, weights, turn)
+
+    monkeypatch.setattr(device_probe, "_product", product)
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator, device: torch.empty(shape, device=device))
+    device_probe._curve(processor, torch.bfloat16)
+    assert seen == {"meta"}
+
+
+def test_a_device_without_memory_to_measure_with_is_an_error_that_says_what_to_do(quickly, monkeypatch):
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device_probe, "_curve", none_left)
+    with pytest.raises(BudgetError, match="end what else uses it"):
+        device_probe.measure_device(StagedProcessor(MEMORY), "today")
+
+
+def test_a_device_is_measured_once_beside_the_drive(shard, measurements, device_measurements):
+    processor = StagedProcessor(MEMORY)
+    assert measured_machine(shard, processor) is None
+    found = this_machine([shard], processor)
+    assert found.has_device and found.host_to_device == 2e10 + 1
+    assert (found.drive_read, found.host_memory) == (1e9 + 1, cpu().host_memory)
+    assert "staged" in found.name
+    assert this_machine([shard], processor) == measured_machine(shard, processor) == found
+    assert len(measurements) == len(device_measurements) == 1
+    assert not this_machine([shard]).has_device, "the CPU's figures are as they were"
+    assert this_machine([shard]).matmul == cpu().matmul
+    assert this_machine([shard], processor, refresh=True).host_to_device == 2e10 + 2
+
+
+CHANGES = ["device method", "device", "device memory", "driver", "runtime"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_device_is_measured_anew(
+    shard, measurements, device_measurements, change, monkeypatch
+):
+    processor = StagedProcessor(MEMORY)
+    this_machine([shard], processor)
+    before = device_probe.device_conditions(processor)
+    assert set(before) == set(CHANGES)
+    monkeypatch.setattr(hardware_probe, "device_conditions", lambda _: before | {change: "another"})
+    assert measured_machine(shard, processor) is None
+    assert this_machine([shard], processor).host_to_device == 2e10 + 2
+    assert len(measurements) == 1, "the drive is the same"
+
+
+def test_a_change_of_torch_measures_the_device_anew_too(
+    shard, measurements, device_measurements, monkeypatch
+):
+    processor = StagedProcessor(MEMORY)
+    this_machine([shard], processor)
+    before = hardware_probe._conditions()
+    monkeypatch.setattr(hardware_probe, "_conditions", lambda: before | {"torch": "another"})
+    assert this_machine([shard], processor).host_to_device == 2e10 + 2
+
+
+def test_another_device_is_measured_and_the_first_is_not_forgotten(shard, measurements, device_measurements):
+    first, second = StagedProcessor(MEMORY), StagedProcessor(MEMORY)
+    second.name = "staged, too"
+    assert this_machine([shard], first).host_to_device == 2e10 + 1
+    assert this_machine([shard], second).host_to_device == 2e10 + 2
+    assert this_machine([shard], first).host_to_device == 2e10 + 1
+    assert device_measurements == ["staged", "staged, too"]
+
+
+def test_what_was_measured_while_others_used_the_device_is_not_kept(shard, measurements, monkeypatch, caplog):
+    monkeypatch.setattr(
+        hardware_probe, "measure_device", lambda *_: (FOUND, dict.fromkeys(FIGURES, "measured"), True)
+    )
+    processor = StagedProcessor(MEMORY)
+    with caplog.at_level(logging.WARNING, "zinfer"):
+        assert this_machine([shard], processor).has_device
+    assert "--remeasure" in caplog.text
+    assert measured_machine(shard, processor) is None
+
+
+def test_an_implausible_figure_of_a_device_is_told_of_once(shard, measurements, monkeypatch, caplog):
+    made = []
+
+    def measure(*_: object) -> object:
+        made.append(1)
+        return FOUND | {"host_to_device": 5e3}, dict.fromkeys(FIGURES, "measured"), False
+
+    monkeypatch.setattr(hardware_probe, "measure_device", measure)
+    processor = StagedProcessor(MEMORY)
+    with caplog.at_level(logging.WARNING, "zinfer"):
+        found = this_machine([shard], processor)
+    assert (found.host_to_device, caplog.text.count("not plausible")) == (1e8, 1)
+    assert this_machine([shard], processor) == found
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("damage", [{"host_to_device": -1}, {"matmul": 7}, {"extra": 1}, {"sources": None}])
+def test_a_damaged_record_of_a_device_is_told_of_and_measured_anew(
+    shard, measurements, device_measurements, damage, caplog
+):
+    processor = StagedProcessor(MEMORY)
+    this_machine([shard], processor)
+    document = json.loads(cache_path().read_text())
+    document["devices"]["staged"]["hardware"] |= damage
+    cache_path().write_text(json.dumps(document))
+    with caplog.at_level(logging.WARNING, "zinfer"):
+        assert this_machine([shard], processor).host_to_device == 2e10 + 2
+    assert "measuring again" in caplog.text
+
+
+def test_the_driver_is_part_of_what_figures_hold_for(tmp_path, monkeypatch):
+    version = tmp_path / "version"
+    version.write_text("NVRM version: 1.2.3\nGCC version: ...\n")
+    monkeypatch.setattr(device_probe, "DRIVERS", (tmp_path / "none", version))
+    assert device_probe.device_conditions(StagedProcessor(MEMORY))["driver"] == "NVRM version: 1.2.3"
+    monkeypatch.setattr(device_probe, "DRIVERS", ())
+    assert device_probe.device_conditions(StagedProcessor(MEMORY))["driver"] == ""

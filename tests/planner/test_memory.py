@@ -11,7 +11,7 @@ import pytest
 
 from zinfer.errors import OptionError
 from zinfer.planner import memory
-from zinfer.planner.memory import cpu_ceiling, free_memory, parse_size, process_peak, total_memory
+from zinfer.planner.memory import ceilings, free_memory, parse_size, process_peak, total_memory
 
 MACHINE_TOTAL = 64 << 30
 MACHINE_FREE = 48 << 30
@@ -74,21 +74,38 @@ def test_anything_else_is_refused_with_an_example(size):
 
 
 def test_the_ceiling_is_the_cpu_entry():
-    assert cpu_ceiling(None) is None
-    assert cpu_ceiling({}) is None
-    assert cpu_ceiling({"cpu": "8GiB"}) == 8 * GIB
+    assert ceilings(None, None) == (None, None)
+    assert ceilings({}, 0) == (None, None)
+    assert ceilings({"cpu": "8GiB"}, None) == (8 * GIB, None)
+
+
+@pytest.mark.parametrize("key", [1, "cuda:1"])
+def test_a_device_has_a_ceiling_by_its_number_or_name(key):
+    assert ceilings({"cpu": "8GiB", key: "1GiB"}, 1) == (8 * GIB, GIB)
+    assert ceilings({"cuda": GIB}, 0) == (None, GIB)
+
+
+@pytest.mark.parametrize("max_memory", [{0: 1}, {True: 1}, {"cuda": 1}, {"cuda:0": 1}, {"gpu": 1}], ids=str)
+def test_a_ceiling_of_another_device_is_refused(max_memory):
+    with pytest.raises(OptionError, match="computes on device 1"):
+        ceilings(max_memory, 1)
+
+
+def test_a_device_that_is_named_twice_is_refused():
+    with pytest.raises(OptionError, match="twice"):
+        ceilings({0: 1, "cuda:0": 2}, 0)
 
 
 @pytest.mark.parametrize("max_memory", [{0: "20GiB"}, {"cpu": "8GiB", 0: "20GiB"}, {"gpu": 1}], ids=str)
 def test_an_entry_without_effect_is_refused(max_memory):
     with pytest.raises(OptionError, match="only 'cpu' has an effect"):
-        cpu_ceiling(max_memory)
+        ceilings(max_memory, None)
 
 
 @pytest.mark.parametrize("max_memory", ["8GiB", 8 * GIB, ["8GiB"]], ids=repr)
 def test_a_ceiling_that_is_no_mapping_is_refused(max_memory):
     with pytest.raises(OptionError, match="give a mapping"):
-        cpu_ceiling(max_memory)
+        ceilings(max_memory, None)
 
 
 # -- cgroups --------------------------------------------------------------------------------------------

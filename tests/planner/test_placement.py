@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from zinfer.errors import BudgetError
 from zinfer.planner.pipeline import steady_sweep
 from zinfer.planner.placement import (
+    AS_GOOD,
     COMPUTE_SHARE,
     GAP_BYTES,
     MOST_WINDOW,
@@ -18,6 +19,8 @@ from zinfer.planner.placement import (
     ROWS_WINDOW,
     Footprint,
     Placement,
+    _fastest,
+    _Sweep,
     all_resident,
     grown,
     place,
@@ -147,6 +150,34 @@ def test_the_window_keeps_the_drive_busy(budget, idle):
     streamed = [i not in plan.residents for i in range(2000)]
     sweep = steady_sweep([4 * MIB] * 2000, streamed, plan.window_bytes, COMPUTE_SHARE, PAUSE_BYTES)
     assert sweep <= (1 + idle) * sum(streamed) * 4 * MIB
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data(), st.sampled_from([1, 8, 100]))
+def test_the_widest_window_wins_of_those_that_are_as_good_as_the_shortest_sweep(weights, data, rows):
+    order = [i for i, w in enumerate(weights) if not w.rows_only]
+    windows = data.draw(st.lists(sizes, min_size=1, max_size=12))
+    options = [
+        Placement(
+            frozenset(data.draw(st.sets(st.sampled_from(order)))) if order else frozenset(), 0, window, 0
+        )
+        for window in windows
+    ]
+    sweeps = [_Sweep(weights, order, option, rows) for option in options]
+    costs = [sweep.cost() for sweep in sweeps]
+    assert all(sweep.least <= cost for sweep, cost in zip(sweeps, costs, strict=True))
+    near = [option for option, cost in zip(options, costs, strict=True) if cost <= AS_GOOD * min(costs)]
+    assert _fastest(weights, order, options, rows) is max(near, key=lambda option: option.window_bytes)
+
+
+def test_of_a_model_that_streams_well_no_more_than_one_sweep_is_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "zinfer.planner.placement.steady_sweep",
+        lambda *arguments: tried.append(arguments) or steady_sweep(*arguments),
+    )
+    place([Footprint(400 * MIB, 400 * MIB)] * 500, 100 << 30)
+    assert len(tried) == 2  # one placement, for two shares of computing
 
 
 def test_many_sequences_get_a_larger_window_within_bounds():

@@ -17,6 +17,8 @@ import transformers
 import zinfer
 from tests.planner.machines import CPU, cpu, gpu
 from zinfer import planning
+from zinfer.device.cuda import allocated_by_torch
+from zinfer.device.staged import StagedProcessor
 from zinfer.errors import BudgetError, CheckpointError, OptionError
 from zinfer.synth import synthesise
 
@@ -32,6 +34,9 @@ LLAMA = {
     "max_position_embeddings": 2048,
     "dtype": "float32",
 }
+
+
+EXACT = {"allocated": StagedProcessor.allocated}  # of a class whose blocks take what is in them
 
 
 @pytest.fixture(scope="module")
@@ -279,14 +284,14 @@ def test_a_published_shape_is_planned_quietly_and_in_little_memory():
 def test_the_machine_at_hand_is_measured_for_the_drive_of_the_checkpoint(checkpoint, monkeypatch, caplog):
     asked = []
 
-    def measured(paths: list[str], *, refresh: bool) -> object:
-        asked.append((paths, refresh))
+    def measured(paths: list[str], processor: object, *, refresh: bool) -> object:
+        asked.append((paths, processor, refresh))
         return cpu()
 
     monkeypatch.setattr(planning, "this_machine", measured)
     with caplog.at_level(logging.WARNING):
-        plan = zinfer.plan(checkpoint, max_memory={"cpu": "27MiB"}, prompt=8, remeasure=True)
-    assert asked == [([f"{checkpoint}/model.safetensors"], True)]
+        plan = zinfer.plan(checkpoint, device="cpu", max_memory={"cpu": "27MiB"}, prompt=8, remeasure=True)
+    assert asked == [([f"{checkpoint}/model.safetensors"], None, True)]
     assert plan.hardware == CPU["name"]
     assert not caplog.records
 
@@ -319,8 +324,9 @@ def test_two_budgets_that_are_too_small_are_told_together(config):
 
 @pytest.fixture
 def at_hand(monkeypatch):
-    """This machine, made up: what it has free is what the test sets."""
+    """This machine, made up, without a GPU: what it has free is what the test sets."""
     free = [16 << 30]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(planning, "this_machine", lambda *_, **__: cpu())
     monkeypatch.setattr(planning, "free_memory", lambda: free[0])
     return free
@@ -337,7 +343,7 @@ def test_where_too_little_is_free_the_bytes_that_have_to_be_are_named(config, at
 
 def test_cache_and_activations_that_do_not_fit_name_the_bytes_that_have_to_be_free(config, at_hand):
     at_hand[0] = 100 << 20
-    task = {"prompt": 1500, "new_tokens": 4}
+    task = {"prompt": 2500, "new_tokens": 4}
     with pytest.raises(BudgetError, match=r"(\d+) bytes would have to be free") as refusal:
         zinfer.plan(config, **task)
     needed = int(re.search(r"(\d+) bytes would have to be free", str(refusal.value))[1])
@@ -356,10 +362,174 @@ def test_a_ceiling_above_what_is_free_is_cut_and_noted(config, at_hand):
     assert not any("planned with" in note for note in zinfer.plan(config, prompt=8).notes)
 
 
-def test_a_gpu_that_is_there_but_does_not_compute_is_noted(config, at_hand, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert any("has a GPU" in note for note in zinfer.plan(config, prompt=8).notes)
-    assert not any("has a GPU" in note for note in zinfer.plan(config, hardware=cpu(), prompt=8).notes)
+@pytest.fixture
+def staged(monkeypatch):
+    """This machine, made up, with a device that is played: a function that makes one of so many bytes."""
+    monkeypatch.setattr(
+        planning,
+        "this_machine",
+        lambda _, processor, **__: cpu() if processor is None else gpu(device_memory=processor.memory()[1]),
+    )
+    return StagedProcessor
+
+
+# Bytes of device and host: all on the device; device and host; all three tiers, with more and with less; hardly any.
+BUDGETS = [
+    ("60MiB", "20MiB"),
+    ("30MiB", "60MiB"),
+    ("24MiB", "26MiB"),
+    ("12MiB", "40MiB"),
+    ("6MiB", "14MiB"),
+    ("4MiB", "12MiB"),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("device", "host"), BUDGETS)
+def test_the_places_on_a_device_are_those_of_a_run(checkpoint, device, host, batch, staged, nothing_left):
+    ceilings = {0: device, "cpu": host}
+    plan = zinfer.plan(
+        checkpoint, device=staged(1 << 30), max_memory=ceilings, batch=batch, prompt=11, new_tokens=1
+    )
+    ids = torch.arange(11 * batch).reshape(batch, 11)
+    with zinfer.run(checkpoint, device=staged(1 << 30), max_memory=ceilings, progress=False) as model:
+        with torch.no_grad():
+            output = model(ids, use_cache=True, logits_to_keep=1)
+        report = model.zinfer.report()
+        del output  # its cache counted so long
+        streaming = model.zinfer._streaming
+        on_device = {w.name for w in streaming.weights if w.wants_residence}
+        on_host = {w.name for w in streaming.weights if streaming.coordinator.device.in_place(w)} - on_device
+        sweep_bytes = model.zinfer.sweep_bytes
+    assert {name for name, tier in plan.tiers.items() if tier == "device"} == on_device
+    assert {name for name, tier in plan.tiers.items() if tier == "host"} == on_host
+    assert (plan.device_budget, plan.device_window, plan.small_bytes) == (
+        report.device.budget,
+        report.device.window_bytes + report.device.conversion_bytes,
+        report.device.small_bytes,
+    )
+    assert (plan.host_budget, plan.host_window, plan.buffer_bytes) == (
+        report.budget,
+        report.window_bytes,
+        report.bounce_bytes,
+    )
+    assert plan.weight_bytes == report.model_bytes
+    assert plan.read_bytes == sweep_bytes
+    assert plan.cache_bytes == report.device.cache_bytes
+
+
+def test_the_budgets_of_the_test_above_are_of_each_kind(checkpoint, staged):
+    """Else it would prove less than it says."""
+    found = {
+        frozenset(
+            zinfer.plan(
+                checkpoint, device=staged(1 << 30), max_memory={0: device, "cpu": host}, prompt=11
+            ).tiers.values()
+        )
+        for device, host in BUDGETS
+    }
+    assert {frozenset({"device"}), frozenset({"device", "host", "nvme"})} <= found
+
+
+@pytest.mark.parametrize("offload", ["auto", "cpu", "none"])
+def test_a_device_that_holds_everything_is_planned_as_it_is_run(checkpoint, offload, staged, nothing_left):
+    task = {"max_memory": {0: "100MiB", "cpu": "100MiB"}, "offload": offload}
+    plan = zinfer.plan(checkpoint, device=staged(1 << 30), prompt=11, new_tokens=1, **task)
+    with zinfer.run(checkpoint, device=staged(1 << 30), progress=False, **task) as model:
+        assert {name for name, tier in plan.tiers.items() if tier == "device"} == {
+            w.name for w in model.zinfer._streaming.weights if w.wants_residence
+        }
+    assert plan.nvme_bytes == plan.host_bytes == 0
+
+
+class Costly(StagedProcessor):
+    """Running anything takes memory; it is the second of its kind; and its blocks are those of torch's allocator."""
+
+    overhead = 5 << 20
+
+    def allocated(self, nbytes: int) -> int:
+        """See Processor."""
+        return allocated_by_torch(nbytes)
+
+
+def test_what_a_device_takes_besides_is_not_planned_with(checkpoint, staged):
+    plan = zinfer.plan(checkpoint, device=Costly(1 << 30), max_memory={0: "35MiB", "cpu": "60MiB"}, prompt=8)
+    assert plan.device_budget == 30 << 20
+    free = 256 << 20
+    whole = zinfer.plan(checkpoint, device=Costly(free), max_memory={"cpu": "60MiB"}, prompt=8)
+    assert (
+        whole.device_budget == free - free // 16 - Costly.overhead
+    )  # as a run: less headroom, less overhead
+
+
+def test_a_ceiling_above_what_a_device_has_free_is_cut_and_noted(checkpoint, staged, caplog):
+    processor = staged(64 << 20)
+    held = processor.block(16 << 20)
+    plan = zinfer.plan(checkpoint, device=processor, max_memory={0: "60MiB", "cpu": "60MiB"}, prompt=8)
+    assert plan.device_budget == 48 << 20
+    assert any(f"max_memory[0] is {60 << 20} bytes; {48 << 20} are planned" in note for note in plan.notes)
+    del held
+
+
+def test_a_device_at_hand_that_is_too_small_names_a_budget_that_works_for_a_run_too(checkpoint, staged):
+    task = {"max_memory": {0: "6MiB", "cpu": "60MiB"}, "prompt": 11, "new_tokens": 1}
+    with pytest.raises(BudgetError, match=r"smallest max_memory\[0\]") as refusal:
+        zinfer.plan(checkpoint, device=Costly(1 << 30), **task)
+    task["max_memory"][0] = refusal.value.smallest
+    assert zinfer.plan(checkpoint, device=Costly(1 << 30), **task).device_budget > 0
+    with zinfer.run(
+        checkpoint, device=Costly(1 << 30), max_memory=task["max_memory"], progress=False
+    ) as model:
+        model(torch.arange(11).reshape(1, 11), use_cache=True, logits_to_keep=1)
+    task["max_memory"][0] -= 4096
+    with pytest.raises(BudgetError):
+        zinfer.plan(checkpoint, device=Costly(1 << 30), **task)
+
+
+def test_a_ceiling_above_the_device_at_hand_is_refused(checkpoint, staged):
+    with pytest.raises(BudgetError, match=r"max_memory\[0\] is"):
+        zinfer.plan(checkpoint, device=staged(1 << 30), max_memory={0: "2GiB"}, prompt=8)
+
+
+def test_a_gpu_that_is_there_is_planned_for_unless_another_device_is_named(checkpoint, staged, monkeypatch):
+    asked = []
+
+    def chosen(device: object) -> object:
+        asked.append(device)
+        return staged(1 << 30) if device is None else None
+
+    monkeypatch.setattr(planning, "processor_for", chosen)
+    assert zinfer.plan(checkpoint, prompt=8).device_budget > 0
+    assert zinfer.plan(checkpoint, device="cpu", prompt=8).device_budget == 0
+    assert zinfer.plan(checkpoint, hardware=cpu(), prompt=8).device_budget == 0
+    assert asked == [None, "cpu"]
+
+
+def test_a_device_that_is_not_there_is_refused_as_by_a_run(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = []
+    for function in (zinfer.plan, zinfer.run):
+        with pytest.raises(OptionError, match="leave device out") as refusal:
+            function(checkpoint, device="cuda:7")
+        told.append(str(refusal.value))
+    assert told[0] == told[1]
+
+
+def test_a_device_means_nothing_on_hardware_that_says_what_computes(config):
+    with pytest.raises(OptionError, match="device has no effect"):
+        zinfer.plan(config, hardware=gpu(), device="cpu")
+
+
+def test_residents_of_a_gpu_are_counted_as_its_allocator_rounds_them(checkpoint, staged):
+    """Matrices of 0.7 MiB are not rounded; so the model of `config` is, with matrices of 4 and 10.75 MiB."""
+    config = config_of(LLAMA | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4})
+    task = {"max_memory": {0: "120MiB", "cpu": "300MiB"}, "prompt": 8, "new_tokens": 1}
+    plans = [
+        zinfer.plan(config, device=kind(1 << 30), **task)
+        for kind in (Costly, type("Exact", (Costly,), EXACT))
+    ]
+    rounded, exact = (sum(tier == "device" for tier in plan.tiers.values()) for plan in plans)
+    assert 0 < rounded < exact
 
 
 @pytest.mark.parametrize(("offload", "counted"), [("nvme", True), ("cpu", False)])

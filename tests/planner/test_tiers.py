@@ -11,7 +11,7 @@ from tests.planner.test_placement import MIB, footprints, weight_lists
 from zinfer.errors import BudgetError
 from zinfer.planner.cost import PassWork, sweep
 from zinfer.planner.placement import GAP_BYTES, Footprint, all_resident, place, smallest
-from zinfer.planner.tiers import Tiers, place_on_cpu, place_on_tiers
+from zinfer.planner.tiers import Tiers, beside_caches, place_on_cpu, place_on_tiers
 
 
 def seconds(weights: list[Footprint], tiers: Tiers) -> float:
@@ -27,15 +27,20 @@ def memories(weights: list[Footprint]) -> st.SearchStrategy[int]:
     )
 
 
+def of_host(weights: list[Footprint]) -> st.SearchStrategy[int]:
+    """Bytes with which the host works beside any device: what goes there passes through the host's window."""
+    return memories(weights).map(lambda nbytes: nbytes + max((w.window for w in weights), default=0))
+
+
 @settings(deadline=None)
 @given(weight_lists, st.data())
 def test_neither_tier_holds_more_than_its_budget(weights, data):
-    device, host = data.draw(memories(weights)), data.draw(memories(weights))
+    device, host = data.draw(memories(weights)), data.draw(of_host(weights))
     tiers = place_on_tiers(weights, device, host)
     assert tiers.device_bytes + tiers.device_window <= device
     assert tiers.host_bytes + tiers.host_window + tiers.conversions <= host
     assert tiers.device_bytes == sum(weights[i].resident for i in tiers.device)
-    assert tiers.host_bytes == sum(weights[i].resident for i in tiers.host)
+    assert tiers.host_bytes == sum(weights[i].window for i in tiers.host)  # what they are made from
     assert not tiers.device & tiers.host
 
 
@@ -43,10 +48,38 @@ def test_neither_tier_holds_more_than_its_budget(weights, data):
 @given(weight_lists, st.data())
 def test_more_host_memory_is_never_slower_but_for_a_wider_window(weights, data):
     device = data.draw(memories(weights))
-    low, high = sorted(data.draw(st.tuples(memories(weights), memories(weights))))
+    low, high = sorted(data.draw(st.tuples(of_host(weights), of_host(weights))))
     slack = (GAP_BYTES + 2 * max(w.window + w.resident for w in weights)) / gpu().drive_read
     more = seconds(weights, place_on_tiers(weights, device, high))
     assert more <= seconds(weights, place_on_tiers(weights, device, low)) + slack
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_what_goes_to_the_device_passes_through_the_hosts_window(weights, data):
+    tiers = place_on_tiers(weights, data.draw(memories(weights)), data.draw(of_host(weights)))
+    streamed = {i for i, w in enumerate(weights) if not w.rows_only} - tiers.host
+    assert all(weights[i].window <= tiers.host_window for i in streamed | tiers.device)
+
+
+@settings(deadline=None)
+@given(weight_lists, st.data())
+def test_what_caches_take_on_the_device_fewer_residents_leave_and_the_host_keeps_what_it_has(weights, data):
+    device = data.draw(memories(weights))
+    tiers = place_on_tiers(weights, device, data.draw(of_host(weights)))
+    within = data.draw(st.integers(smallest(weights), device))
+    left = beside_caches(weights, tiers, within)
+    assert left.device_bytes + left.device_window + left.device_conversions <= within
+    assert left.host == tiers.host - left.device
+    assert (left.host_bytes, left.host_window) == (tiers.host_bytes, tiers.host_window)
+    assert beside_caches(weights, tiers, device) == tiers
+    spare = data.draw(st.integers(0, sum(w.window for w in weights)))
+    kept = beside_caches(weights, tiers, within, spare)
+    moved = kept.host - tiers.host
+    assert kept.device == left.device and moved <= tiers.device - left.device
+    assert kept.host_bytes - tiers.host_bytes == sum(weights[i].window for i in moved) <= spare
+    gone = tiers.device - kept.device - kept.host
+    assert all(weights[i].window > spare - kept.host_bytes + tiers.host_bytes for i in gone)
 
 
 def test_every_step_of_more_memory_makes_the_sweep_of_equal_weights_shorter_or_leaves_it():

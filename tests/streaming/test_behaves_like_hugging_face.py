@@ -68,7 +68,7 @@ def test_moving_it_where_it_is_does_nothing_and_elsewhere_is_explained(model, re
         with pytest.raises(OptionError, match=r"pass dtype=.*zinfer\.run"):
             move()
     if not torch.cuda.is_available():
-        with pytest.raises(OptionError, match="computes on the CPU"):
+        with pytest.raises(OptionError, match="computes on cpu"):
             model.to("cuda")
     assert tokens(model) == tokens(reference)
 

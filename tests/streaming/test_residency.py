@@ -12,7 +12,9 @@ import transformers
 
 from tests import architectures
 from tests.streaming.running import check_device, smallest
-from zinfer import BudgetError, run, streaming
+from tests.streaming.test_attached import MEMORY, run_within
+from tests.streaming.test_out_of_memory import Costly
+from zinfer import BudgetError, budgets, run
 from zinfer.kv_cache import Pass, cache_bytes, cache_growth, caches_of
 from zinfer.streaming import StreamedParameter
 
@@ -253,7 +255,7 @@ def test_two_threads_growth_is_added_up(wide):
 def test_what_zinfer_takes_itself_does_not_count_twice(saved, monkeypatch):
     folder = saved("llama")
     free = [1 << 30]
-    monkeypatch.setattr(streaming, "free_memory", lambda: free.pop() if free else 1)
+    monkeypatch.setattr(budgets, "free_memory", lambda: free.pop() if free else 1)
     with run(folder, offload="nvme") as model:
         decode(model, IDS, 2)
         assert resident_weights(model) == {w.name for w in model.zinfer._streaming.weights}
@@ -379,3 +381,24 @@ def test_a_static_cache_is_counted_whole_and_grows_no_more():
 def test_what_is_no_cache_has_no_bytes():
     assert cache_bytes(None) == cache_bytes(object()) == 0
     assert cache_bytes(((torch.zeros(3), torch.zeros(2)),)) == 20
+
+
+def test_on_a_device_the_refusal_names_its_budget_with_what_the_device_takes_itself(saved, caplog):
+    folder, rows = saved("llama"), IDS.repeat(400, 1)
+    total = architectures.parameter_bytes(architectures.ALL["llama"][0].from_pretrained(folder))
+    model = run_within(folder, Costly(MEMORY), 1, 2 * total, offload="nvme")
+    with model, pytest.raises(BudgetError, match=r"raise max_memory\[0\] to (\d+)") as caught:
+        decode(model, rows, 1)
+    needed = caught.value.smallest
+    assert f"max_memory[0] to {needed}," in str(caught.value)
+    with run(
+        folder, device=Costly(MEMORY), max_memory={0: needed, "cpu": 2 * total}, offload="nvme"
+    ) as model:
+        decode(model, rows, 1)
+    assert "more than the budget on staged leaves" in caplog.text  # for its activations
+    named = int(caplog.text.split("raise max_memory[0] to ")[1].split()[0])
+    assert named > needed
+    caplog.clear()
+    with run(folder, device=Costly(MEMORY), max_memory={0: named, "cpu": 2 * total}, offload="nvme") as model:
+        decode(model, rows, 1)
+    assert "leaves" not in caplog.text

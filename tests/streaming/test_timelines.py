@@ -16,9 +16,10 @@ import zinfer
 import zinfer.aio.drives
 import zinfer.planning
 from tests import architectures
-from tests.planner.machines import cpu
+from tests.planner.machines import cpu, gpu
 from zinfer.aio import portable
 from zinfer.coordinator.coordinator import Coordinator
+from zinfer.device.staged import StagedProcessor
 from zinfer.errors import OptionError
 from zinfer.timeline import chrome
 from zinfer.timeline.events import COMPUTE, COPIES, READS, SWEEPS, WAITS, totals
@@ -345,16 +346,52 @@ def test_a_run_on_a_measured_machine_is_predicted(saved, monkeypatch):
     with run_tightly(folder, SPARE) as model:
         assert model.zinfer.predict() is None
         tokens(model, count=3)
-        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: None)
+        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path, processor: None)
         assert model.zinfer.predict() is None
-        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: cpu(drive_read=1e6))
+        monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path, processor: cpu(drive_read=1e6))
         predicted = model.zinfer.predict()
         assert predicted == pytest.approx(model.zinfer.sweep_bytes / 1e6, rel=0.5)
         assert model.zinfer.report().predicted_seconds == predicted
 
 
+def test_a_run_on_a_measured_device_is_predicted_by_its_own_tiers(saved, monkeypatch):
+    folder, asked = saved("llama"), []
+
+    def measured(path: str, processor: object) -> object:
+        asked.append(processor)
+        return gpu(drive_read=1e6, device_memory=1 << 30)
+
+    monkeypatch.setattr(zinfer.planning, "measured_machine", measured)
+    total = sum(p.nbytes for p in architectures.ALL["llama"][0].from_pretrained(folder).parameters())
+    processor = StagedProcessor(1 << 30)
+    ceilings = {0: total // 2 + SPARE, "cpu": total // 2 + (64 << 10)}
+    with zinfer.run(folder, device=processor, max_memory=ceilings, offload="nvme", progress=False) as model:
+        assert model.zinfer.predict() is None
+        tokens(model, count=3)
+        predicted = model.zinfer.predict()
+        assert asked == [processor]
+        assert model.zinfer.sweep_bytes > 0
+        assert predicted == pytest.approx(model.zinfer.sweep_bytes / 1e6, rel=0.5)
+        assert f"measured {model.zinfer.report().sweep_seconds:.3f} s" in str(model.zinfer.report())
+    with zinfer.run(
+        folder, device=StagedProcessor(1 << 30), max_memory={0: 4 * total}, offload="nvme", progress=False
+    ) as model:
+        tokens(model, count=3)
+        assert model.zinfer.sweep_bytes == 0
+        assert model.zinfer.predict() < predicted / 10
+
+
+def test_a_run_whose_caches_are_in_host_memory_is_not_predicted_as_if_they_were_not(saved, monkeypatch):
+    monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path, processor: gpu())
+    with zinfer.run(
+        saved("llama"), device=StagedProcessor(1 << 30), kv_offload="cpu", progress=False
+    ) as model:
+        tokens(model, count=3)
+        assert model.zinfer.predict() is None
+
+
 def test_a_run_with_a_changed_config_is_not_predicted_as_if_it_had_not(saved, monkeypatch):
-    monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path: cpu(drive_read=1e6))
+    monkeypatch.setattr(zinfer.planning, "measured_machine", lambda path, processor: cpu(drive_read=1e6))
     with zinfer.run(saved("llama"), offload="nvme", rms_norm_eps=1e-3) as model:
         tokens(model, count=3)
         assert model.zinfer.predict() is None

@@ -1,5 +1,6 @@
 """What `synthesise` promises about files: determinism, sharding, refusal, clean failure, constant memory."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests import architectures
 from zinfer.errors import CheckpointError, OptionError, StoreError
 from zinfer.synth import SHAPES, synthesise
 from zinfer.synth.inventory import take_inventory
@@ -214,6 +216,15 @@ PARAMETERS = {
 def test_a_built_in_shape_has_the_published_number_of_parameters(name):
     inventory = take_inventory(resolve_config(name), torch.bfloat16, 0)
     assert inventory.nbytes == 2 * PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", architectures.ALL)
+def test_without_values_the_tensors_have_the_same_names_shapes_and_dtypes(name):
+    cls, config = architectures.ALL[name]
+    config = copy.deepcopy(config)
+    config.architectures = [cls.__name__]
+    full, bare = (take_inventory(config, torch.bfloat16, seed).tensors for seed in (0, None))
+    assert [(t.name, t.shape, t.dtype) for t in bare] == [(t.name, t.shape, t.dtype) for t in full]
 
 
 def test_every_built_in_shape_names_its_class_and_dtype():

@@ -14,6 +14,7 @@ class FakeTiming:
     started: float | None = None
     finished: float | None = None
     transferred: int | None = None
+    timed: bool = True
 
 
 def timeline(**changes: object) -> Timeline:

@@ -148,9 +148,19 @@ def test_reads_that_ended_do_not_pile_up():
 
 def test_copies_to_a_device_have_a_row_of_their_own():
     recorder = Recorder()
-    recorder.copied("a", 100, 1.0, 2.0)
+    recorder.copying("a", FakeTiming(1.0, 2.0, 100))
     (copy,) = spans(recorder, COPIES)
     assert (copy.name, copy.nbytes, copy.end - copy.start) == ("a", 100, 1.0)
+
+
+def test_a_copy_whose_times_nobody_keeps_is_not_waited_for():
+    recorder = Recorder()
+    for _ in range(3):
+        recorder.copying("a", FakeTiming(timed=False))
+    recorder.read("b", "demand", FakeTiming(1.0, 2.0, 100))
+    recorder.read("b", "demand", FakeTiming(2.0, 3.0, 100))
+    assert len(recorder._running) == 1, "what comes after it is kept for good"
+    assert spans(recorder, COPIES) == []
 
 
 def test_an_event_costs_a_few_microseconds():

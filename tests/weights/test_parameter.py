@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinfer.errors import ReadOnlyError, ZinferError
+from zinfer.errors import BudgetError, OutOfMemoryError, ReadOnlyError, ZinferError
 from zinfer.weights.lowering import provenance_of
 from zinfer.weights.parameter import StreamedParameter
 from zinfer.weights.safetensors_header import TensorEntry
+from zinfer.weights.shortage import ShortageError, asked_bytes, ran_out
 from zinfer.weights.symbolic import SymbolicTensor
 from zinfer.weights.weight import Weight
 
@@ -27,9 +28,12 @@ class CountingSource:
         self.real = real
         self.asked: list[Any] = []
         self.ended = 0
+        self.fail: Callable[[], None] = lambda: None
+        self.relieved: list[str] = []
 
     def whole(self, weight: Weight) -> torch.Tensor:
         self.asked.append("whole")
+        self.fail()
         return self.real
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
@@ -38,6 +42,12 @@ class CountingSource:
 
     def done(self, weight: Weight) -> None:
         self.ended += 1
+
+    def relieve(self, weight: Weight, words: str) -> None:
+        self.relieved.append(words)
+
+    def exhausted(self, weight: Weight, words: str) -> Exception:
+        return OutOfMemoryError(f"{weight.name}: again: {words}")
 
 
 class Streamed:
@@ -387,3 +397,85 @@ def test_asking_for_storage_says_that_there_is_none(streamed, ask):
     with pytest.raises(ZinferError, match=r"'layer\.weight' is streamed"):
         ask(streamed.parameter)
     assert streamed.asked == []
+
+
+# Memory that runs out
+
+
+def failing(times: int, error: Exception) -> Callable[[], None]:
+    left = [error] * times
+
+    def fail() -> None:
+        if left:
+            raise left.pop()
+
+    return fail
+
+
+def test_an_operator_that_ran_out_of_memory_runs_once_more_after_some_was_given_back(streamed):
+    streamed.source.fail = failing(1, torch.OutOfMemoryError("Tried to allocate 7 bytes"))
+    x = torch.randn(3, 4)
+    assert torch.equal(F.linear(x, streamed.parameter), F.linear(x, streamed.real))
+    assert streamed.source.relieved == ["Tried to allocate 7 bytes"]
+    assert streamed.asked == ["whole", "whole"]
+
+
+def test_it_runs_no_third_time(streamed):
+    streamed.source.fail = failing(3, torch.OutOfMemoryError("Tried to allocate 7 bytes"))
+    with pytest.raises(OutOfMemoryError, match="again") as caught:
+        F.linear(torch.randn(3, 4), streamed.parameter)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert streamed.asked == ["whole", "whole"]
+    assert len(streamed.source.relieved) == 1
+
+
+def test_an_operator_that_slips_past_python_runs_once_more_too(streamed):
+    streamed.source.fail = failing(1, torch.OutOfMemoryError())
+    with torch._C.DisableTorchFunctionSubclass():
+        out = torch.mm(torch.ones(1, 6), streamed.parameter)
+    assert torch.equal(out, torch.mm(torch.ones(1, 6), streamed.real))
+    assert len(streamed.source.relieved) == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda into, w: into.add_(w),
+        lambda into, w: into.__iadd__(w),
+        lambda into, w: torch.add(into, w, out=into),
+        lambda into, w: torch.ops.aten.add_.Tensor(into, w),
+    ],
+)
+def test_what_changes_its_input_is_not_repeated(streamed, write):
+    streamed.source.fail = failing(1, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        write(torch.zeros(6, 4), streamed.parameter)
+    assert streamed.source.relieved == []
+
+
+def test_an_error_of_another_kind_is_raised_as_it_is(streamed):
+    streamed.source.fail = failing(1, RuntimeError("no such kernel"))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        F.linear(torch.randn(3, 4), streamed.parameter)
+    assert streamed.source.relieved == []
+
+
+@pytest.mark.parametrize(
+    ("words", "nbytes"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has", 5 << 29),
+        ("HIP out of memory. Tried to allocate 20.00 MiB (GPU", 20 << 20),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000 bytes. Error code 12", 1000),
+        ("CUDA error: out of memory", None),
+    ],
+)
+def test_torch_says_how_much_was_missing(words, nbytes):
+    assert asked_bytes(words) == nbytes
+
+
+def test_what_counts_as_a_shortage_that_nobody_has_done_anything_about():
+    assert not ran_out(ShortageError("memory ran out"))
+    assert ran_out(OutOfMemoryError("the device has no more"))
+    assert not ran_out(BudgetError("too little"))
+    assert ran_out(torch.OutOfMemoryError("no more"))
+    assert not ran_out(MemoryError())

@@ -39,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a6000, rtx4090, h200, a JSON FILE, or this (default), the machine at hand",
     )  # fmt: skip
     machine.add_argument(
+        "--device", metavar="DEVICE",
+        help="where this machine would compute: cpu, cuda, cuda:1 ...; default: the GPU where there is one",
+    )  # fmt: skip
+    machine.add_argument(
         "--max-memory", action="append", type=memory, default=[], metavar="DEVICE=SIZE",
-        help="ceiling for cpu (cpu=3GiB) or for the device (0=20GiB); default: what that machine has",
+        help="ceiling for cpu (cpu=3GiB) or for the device (0=20GiB); default: what that machine has, or this one free",
     )  # fmt: skip
     machine.add_argument("--remeasure", action="store_true", help="measure this machine again")
     task = parser.add_argument_group("the task")
@@ -80,6 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
         found = zinfer.plan(
             arguments.model,
             hardware=arguments.hardware,
+            device=arguments.device,
             max_memory=dict(arguments.max_memory) or None,
             batch=arguments.batch,
             prompt=arguments.prompt,

@@ -57,8 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "written there once, striped over all of them",
     )  # fmt: skip
     place.add_argument(
-        "--max-memory", action="append", type=memory, default=[], metavar="cpu=SIZE",
-        help="ceiling on weights, buffers and caches, such as cpu=3GiB; default: what is free",
+        "--device", metavar="DEVICE",
+        help="where to compute: cpu, cuda, cuda:1 ...; default: the GPU where there is one",
+    )  # fmt: skip
+    place.add_argument(
+        "--max-memory", action="append", type=memory, default=[], metavar="DEVICE=SIZE",
+        help="ceiling on weights, buffers and caches, of host memory (cpu=3GiB) or of the device (0=20GiB); default: "
+        "what is free",
+    )  # fmt: skip
+    place.add_argument(
+        "--kv-offload", choices=("cpu",),
+        help="keep key-value caches in host memory and bring them to the device layer by layer",
     )  # fmt: skip
     place.add_argument("--dtype", default="auto", help="bfloat16, float32 ...; default: the checkpoint's")
     place.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -110,11 +119,13 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         folder,
         offload=arguments.offload,
         nvme_path=arguments.nvme_path,
+        device=arguments.device,
         dtype=arguments.dtype,
         max_memory=dict(arguments.max_memory) or None,
         progress=arguments.progress,
         trust_remote_code=trust,
         timeline=arguments.timeline is not None,
+        kv_offload=arguments.kv_offload,
     )
     with model:
         streamer, seconds = _generate(model, prompt, arguments, terminal)
@@ -238,7 +249,7 @@ def _generate(
     meter = SweepMeter(runtime, arguments.max_new_tokens, runtime.sweep_bytes + residents_to_load)
     if arguments.sample and arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    ids = torch.tensor([prompt.ids])
+    ids = torch.tensor([prompt.ids], device=model.device)
     with Progress(
         terminal, meter, shown=arguments.progress is not False and (terminal.live or arguments.progress)
     ) as progress:

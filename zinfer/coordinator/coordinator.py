@@ -10,24 +10,33 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from zinfer.coordinator.reader import Reader
 from zinfer.coordinator.trace import Trace
-from zinfer.device.cpu import CpuDevice
-from zinfer.device.fetch import Fetch
-from zinfer.errors import BudgetError, ClosedError, ZinferError
-from zinfer.pinned import Pool
+from zinfer.device.device import Device, Fetching
+from zinfer.errors import ClosedError, ZinferError
+from zinfer.weights.shortage import ShortageError
 from zinfer.weights.weight import Weight
 
 ROOM_DEADLINE = 60.0  # seconds a demand waits for other threads' operators to give regions back
-LONE_DEADLINE = 1.0  # the same where there are no other threads
 POLL = 0.1  # seconds the first in line waits for room before it looks at what else there is to drop
 TURN = 0.001  # seconds between the others' looks whether it is their turn
 IDLE_READER = 2.0  # seconds after which a thread that ran nothing no longer shares the window
 FIRST_SHARE = 64  # of a model's bytes, this part is read for the second sweep before the first has ended
 LOADING_AHEAD = 512 << 20  # bytes read ahead where no window is needed, because everything stays
+
+
+class Reliever(Protocol):
+    """Who gives memory back when it runs out; see zinfer.relief. Called on any thread, without a lock."""
+
+    def relieve(self, what: str, words: str) -> None:
+        """Give memory back: it ran out, as `words` say, in an operator that takes the weight `what`."""
+
+    def exhausted(self, what: str, words: str) -> Exception:
+        """What to raise where it ran out again."""
 
 
 @dataclass
@@ -52,7 +61,7 @@ class Coordinator:
     """
 
     def __init__(
-        self, device: CpuDevice, order: Sequence[Weight], on_resident: Callable[[Weight, torch.Tensor], None]
+        self, device: Device, order: Sequence[Weight], on_resident: Callable[[Weight, torch.Tensor], None]
     ) -> None:
         self.device = device
         self.counters = Counters()
@@ -67,6 +76,8 @@ class Coordinator:
             deque()
         )  # tickets of the threads that wait for room, first come first served
         self._closed = False
+        self.reliever: weakref.ref[Reliever] | None = None
+        device.on_room = weakref.WeakMethod(self._room_came)
 
     def whole(self, weight: Weight) -> torch.Tensor:
         """The tensor of `weight`, read ahead if the trace foresaw it, else read now, ahead of all else."""
@@ -89,9 +100,11 @@ class Coordinator:
             else:
                 self.counters.hits += 1
                 self.device.tally.hits += 1
-        if fetch is None:
+            on_its_way = fetch is not None and (fetch.lifted or (not self._line and self.device.lift(fetch)))
+        if fetch is None or not on_its_way:
             started = time.perf_counter()
-            fetch = self._make_room_and_start(weight)
+            unlifted, fetch = [fetch], None
+            fetch = self._make_room(weight, unlifted)
             self._waited(weight.name, started)
         try:
             with self._lock:
@@ -133,10 +146,28 @@ class Coordinator:
             self.counters.row_bytes += out.nbytes
         return out
 
+    def relieve(self, weight: Weight, words: str) -> None:
+        """Memory ran out, as `words` say, in an operator that takes `weight`: give some back. See WeightSource."""
+        reliever = self.reliever() if self.reliever is not None else None
+        if reliever is not None:
+            reliever.relieve(weight.name, words)
+
+    def exhausted(self, weight: Weight, words: str) -> Exception:
+        """What to raise where memory ran out again after relieve()."""
+        reliever = self.reliever() if self.reliever is not None else None
+        return ShortageError(words) if reliever is None else reliever.exhausted(weight.name, words)
+
+    def drop_ahead(self) -> None:
+        """Drop everything that was read ahead, and uses held beyond their operator."""
+        with self._lock:
+            for reader in list(self._readers):
+                reader.forget()
+
     def load(self, weights: Sequence[Weight], progress: Callable[[int], object]) -> None:
-        """Make `weights`, all meant to be resident, resident now; `progress` is told bytes as they come."""
+        """Bring `weights`, all meant to stay, to where they stay; `progress` is told bytes as they come."""
         for weight in weights:
-            Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
+            if not self.device.bring(weight):
+                Coordinator.whole(self, weight)  # no operator asks here: nothing for a subclass to write down
             progress(weight.nbytes)
 
     def change_residents(
@@ -151,13 +182,17 @@ class Coordinator:
             for weight in join:
                 weight.wants_residence = True
             for weight in leave:
-                weight.wants_residence = False
-                if weight.resident is not None:
-                    weight.resident = None
-                    on_leave(weight)
-                    if not weight.rows_only:
-                        self._trace.put_back(weight, lambda other: other.resident is not None)
+                self._unsettle(weight, on_leave)
                 self.device.release(weight)
+
+    def _unsettle(self, weight: Weight, on_leave: Callable[[Weight], None]) -> None:
+        weight.wants_residence = False
+        if weight.resident is not None:
+            self.device.given_up(weight, weight.resident)
+            weight.resident = None
+            on_leave(weight)
+            if not weight.rows_only:
+                self._trace.put_back(weight, lambda other: other.resident is not None)
 
     def renew_memory(
         self,
@@ -175,24 +210,23 @@ class Coordinator:
         """
         with self._lock:
             self.refuse_closed()
-            for reader in list(self._readers):
-                reader.forget()
-            window = self.device.window
-            if window is not None and window.in_use:
+            self.drop_ahead()
+            if self.device.in_use:
                 gc.collect()
-                if window.in_use:
+                if self.device.in_use:
                     return False
-            self.change_residents(leave, (), on_leave)
+            for weight in leave:
+                self._unsettle(weight, on_leave)
             self.device.renew_memory(places, join, window_bytes)
-            self.change_residents((), join, on_leave)
+            staying = set(join)
+            self.change_residents([weight for weight in leave if weight not in staying], join, on_leave)
             return True
 
     def close(self) -> None:
         """Drop every read, drain the engine, give the memory back. Streamed uses raise ClosedError after."""
         with self._lock:
             self._closed = True
-            for reader in list(self._readers):
-                reader.forget()
+            self.drop_ahead()
         self.device.close()
 
     @property
@@ -213,14 +247,14 @@ class Coordinator:
                 self._readers.add(reader)
         return reader
 
-    def _give_up(self, reader: Reader, fetch: Fetch, failed: bool) -> None:
+    def _give_up(self, reader: Reader, fetch: Fetching, failed: bool) -> None:
         """Drop what `reader` was reading, so that the next use reads anew instead of meeting an old failure."""
         with self._lock:
             reader.forget()
             if failed and self._current(fetch.weight) is fetch:
                 fetch.weight.fetch = None
 
-    def _current(self, weight: Weight) -> Fetch | None:
+    def _current(self, weight: Weight) -> Fetching | None:
         """The read that another reader, or an earlier prediction, already has for `weight`."""
         return weight.fetch() if weight.fetch is not None else None
 
@@ -230,57 +264,79 @@ class Coordinator:
             if other is not reader and now - other.touched > IDLE_READER:
                 other.forget()  # what it read ahead would only keep room from those that run
         active = sum(1 for other in self._readers if now - other.touched < IDLE_READER)
-        window = self.device.window.capacity if self.device.window else LOADING_AHEAD
         reader.extend(
             lambda weight: self._current(weight) or self.device.start(weight, urgent=False),
-            window // max(1, active),
+            (self.device.ahead_bytes or LOADING_AHEAD) // max(1, active),
             len(self._streamed),
             self._streamed_bytes // FIRST_SHARE,
         )
+        reader.lift(self.device.lift)
 
-    def _make_room_and_start(self, weight: Weight) -> Fetch:
-        """Take the window back from reads that are needed later, until `weight` fits, and start it."""
-        window = self.device.window
-        assert window is not None
+    def _room_came(self) -> None:
+        """Called by a thread of the device's: read on, though no operator gave anything back."""
+        with self._lock:
+            if self._closed or self._line:
+                return
+            now = time.monotonic()
+            for reader in list(self._readers):
+                if now - reader.touched < IDLE_READER:
+                    self._extend(reader)
+
+    def _make_room(self, weight: Weight, unlifted: list[Fetching | None]) -> Fetching:
+        """Take room back from reads that are needed later, until `weight` can come all the way; start it if need be.
+
+        `unlifted`: its read, if there is one, which nobody else but look-ahead may hold.
+        """
         ticket = object()
-        alone = len(self._readers) == 1
-        deadline = time.monotonic() + (LONE_DEADLINE if alone else ROOM_DEADLINE)
+        patience = self.device.patience if len(self._readers) == 1 else ROOM_DEADLINE
+        deadline = time.monotonic() + patience
         try:  # before the ticket is in line: a Ctrl-C in between would leave it there for good
             with self._lock:
                 self._line.append(ticket)
-            return self._wait_in_line(weight, window, ticket, deadline)
+            return self._wait_in_line(weight, unlifted, ticket, deadline)
         finally:
             with self._lock:
                 if ticket in self._line:
                     self._line.remove(ticket)
 
-    def _wait_in_line(self, weight: Weight, window: Pool, ticket: object, deadline: float) -> Fetch:
-        """Start `weight` as soon as there is room. All that comes free is the first one's, or large weights starve."""
-        waits = 0
+    def _wait_in_line(
+        self, weight: Weight, unlifted: list[Fetching | None], ticket: object, deadline: float
+    ) -> Fetching:
+        """What `unlifted` has, or one started here, with room.
+
+        All that comes free is the first one's, or large weights starve; so nobody else waits with a read that has room
+        on the host alone, which the first may need.
+        """
+        waits, device, fetch = 0, self.device, unlifted.pop()
         while True:
+            late = (
+                time.monotonic() > deadline
+            )  # asked first: what comes free during the last wait is tried for
             with self._lock:
                 self.refuse_closed()
-                fetch, first = self._current(weight), self._line[0] is ticket
-                if fetch is None and first:
-                    fetch = self.device.start(weight, urgent=True)
-                dropped = fetch is None and first and self._drop_one(weight)
-            if fetch is None and not first:
+                first = self._line[0] is ticket
+                if fetch is None:
+                    fetch = self._current(weight) or (device.start(weight, urgent=True) if first else None)
+                if not first and fetch is not None and not fetch.lifted:
+                    fetch = None
+                ready = fetch is not None and (fetch.lifted or (first and device.lift(fetch)))
+                dropped = not ready and first and self._drop_one(weight)
+            if not ready and not first:
                 time.sleep(TURN)
-            elif fetch is None and not dropped:
+            elif not ready and not dropped:
                 # Only tensors that operators or callers hold are left: other threads' come back, and those
                 # that nobody can reach any more sit in reference cycles.
-                fetch = self.device.start(weight, urgent=True, timeout=POLL)
+                if fetch is None:
+                    fetch = device.start(weight, urgent=True, timeout=POLL)
+                else:
+                    device.lift(fetch, POLL)
                 waits += 1
-                if fetch is None and waits in (1, 10):
+                if waits in (1, 10) and (fetch is None or not fetch.lifted):
                     gc.collect()
-            if fetch is not None:
+            if fetch is not None and fetch.lifted:
                 return fetch
-            if time.monotonic() > deadline:
-                raise BudgetError(
-                    f"{weight.name!r} needs {weight.layout.nbytes} bytes of the window, but {window.in_use} of its "
-                    f"{window.capacity} bytes are held by tensors still in use (an operator that takes several "
-                    f"weights, or views kept by the caller); raise max_memory['cpu'] by {weight.layout.nbytes} bytes"
-                )
+            if late:
+                raise device.shortage(weight)
 
     def _drop_one(self, weight: Weight) -> bool:
         """Give up the read that is needed last, over all readers; then uses held beyond their operator."""
@@ -294,7 +350,7 @@ class Coordinator:
                 return True
         return False
 
-    def _wait(self, fetch: Fetch) -> torch.Tensor:
+    def _wait(self, fetch: Fetching) -> torch.Tensor:
         if fetch.done:
             return fetch.wait()
         started = time.perf_counter()
@@ -311,7 +367,7 @@ class Coordinator:
             by_weight = self.counters.waits_by_weight
             by_weight[name] = by_weight.get(name, 0.0) + waited
 
-    def _settle(self, fetch: Fetch, tensor: torch.Tensor, reader: Reader) -> None:
+    def _settle(self, fetch: Fetching, tensor: torch.Tensor, reader: Reader) -> None:
         weight = fetch.weight
         with self._lock:
             # Asked again, under the lock: another thread's cache may have needed the memory meanwhile.

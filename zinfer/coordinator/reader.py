@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from zinfer.coordinator.trace import Trace
-from zinfer.device.fetch import Fetch
+from zinfer.device.device import Fetching
 from zinfer.weights.weight import Weight
 
 MISSES_BEFORE_REBUILD = 2  # one unexpected operator is taken as an insertion, two as another path
@@ -21,16 +21,16 @@ class Reader:
 
     def __init__(self, trace: Trace[Weight]) -> None:
         self._trace = trace
-        self.queue: deque[Fetch] = deque()
-        self._stale: deque[Fetch] = deque()  # set aside by a rebuild, until extend() has picked from it
-        self.held: Fetch | None = None
+        self.queue: deque[Fetching] = deque()
+        self._stale: deque[Fetching] = deque()  # set aside by a rebuild, until extend() has picked from it
+        self.held: Fetching | None = None
         self._before: Weight | None = None
         self._last: Weight | None = None
         self._seen: set[Weight] | None = set()  # used in the first sweep; None once that is over
         self._misses = 0
         self.touched = 0.0  # time.monotonic() of the last use
 
-    def advance(self, weight: Weight) -> Fetch | None:
+    def advance(self, weight: Weight) -> Fetching | None:
         """Move on to `weight`; its fetch when it was read ahead, else None. Skipped reads are dropped."""
         expected = self._before, self._last
         known = self._last is not None and self._trace.saw(self._before, self._last)
@@ -56,7 +56,7 @@ class Reader:
         return None
 
     def extend(
-        self, start: Callable[[Weight], Fetch | None], limit_bytes: int, limit_count: int, first_bytes: int
+        self, start: Callable[[Weight], Fetching | None], limit_bytes: int, limit_count: int, first_bytes: int
     ) -> None:
         """Start reads for predicted uses until `limit_bytes` are ahead or `start` finds no room.
 
@@ -89,6 +89,12 @@ class Reader:
             ahead += following.layout.nbytes
         self._stale.clear()
 
+    def lift(self, lift: Callable[[Fetching], bool]) -> None:
+        """Find room on the device for what is on its way, nearest first, until `lift` finds no more."""
+        for fetch in self.queue:
+            if not fetch.lifted and not lift(fetch):
+                break
+
     def _tail(self) -> tuple[Weight | None, Weight]:
         assert self._last is not None
         if not self.queue:
@@ -102,7 +108,7 @@ class Reader:
             self._stale.pop()
             return True
         for position in range(len(self.queue) - 1, -1, -1):
-            if not self.queue[position].in_place:
+            if self.queue[position].takes_room:
                 while len(self.queue) > position:
                     self.queue.pop()
                 return True

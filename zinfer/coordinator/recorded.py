@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zinfer.coordinator.coordinator import Coordinator
-from zinfer.device.cpu import CpuDevice
+from zinfer.device.device import Device
 from zinfer.timeline.recorder import Recorder
 from zinfer.weights.weight import Weight
 
@@ -18,7 +18,7 @@ class RecordedCoordinator(Coordinator):
 
     def __init__(
         self,
-        device: CpuDevice,
+        device: Device,
         order: Sequence[Weight],
         on_resident: Callable[[Weight, torch.Tensor], None],
         recorder: Recorder,
@@ -30,20 +30,16 @@ class RecordedCoordinator(Coordinator):
         """As Coordinator.whole."""
         self._recorder.asked()
         tensor = super().whole(weight)
-        self._recorder.got(weight.name, self._window_in_use())
+        self._recorder.got(weight.name, self.device.in_use)
         return tensor
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """As Coordinator.rows."""
         self._recorder.asked()
         out = super().rows(weight, rows)
-        self._recorder.got(weight.name, self._window_in_use())
+        self._recorder.got(weight.name, self.device.in_use)
         return out
 
     def _waited(self, name: str, since: float) -> None:
         super()._waited(name, since)
         self._recorder.waited(name, since, time.perf_counter())
-
-    def _window_in_use(self) -> int:
-        window = self.device.window
-        return 0 if window is None else window.in_use

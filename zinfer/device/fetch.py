@@ -24,6 +24,8 @@ class Fetch:
     in memory of its own. `generation`: of the device's memory, which may have been divided anew since.
     """
 
+    lifted = True  # where it was read to, it is computed with
+
     def __init__(
         self,
         weight: Weight,
@@ -42,6 +44,11 @@ class Fetch:
         self._finish = finish
         self._tensor: torch.Tensor | None = None
         self._lock = threading.Lock()
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether the window has room when it is dropped."""
+        return not self.in_place
 
     @property
     def done(self) -> bool:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from zinfer.errors import ClosedError
 from zinfer.pinned import Pool, Region
@@ -31,11 +31,18 @@ class Residents:
                      +------- absent <--release()--+   (once the last tensor on it has died)
 
     `wanted` are those that are to be resident now; the places of the others are left absent. `at_once`: all places
-    are present when the constructor returns. Any thread may call any method.
+    are present when the constructor returns. `page_lock` as for Pool, which makes pages present to lock them. Any
+    thread may call any method.
     """
 
     def __init__(
-        self, weights: Sequence[Weight], wanted: Sequence[Weight], numa_node: int | None, *, at_once: bool
+        self,
+        weights: Sequence[Weight],
+        wanted: Sequence[Weight],
+        numa_node: int | None,
+        *,
+        at_once: bool,
+        page_lock: Literal["auto", "off"] = "off",
     ) -> None:
         self._places: dict[Weight, int] = {}
         total = 0
@@ -55,7 +62,9 @@ class Residents:
         self._block: Region | None = None
         if not total:
             return
-        self.pool = Pool(total, page_lock="off", numa_node=numa_node, touch_threads=None if at_once else 0)
+        self.pool = Pool(
+            total, page_lock=page_lock, numa_node=numa_node, touch_threads=None if at_once else 0
+        )
         self._block = self.pool.acquire(total)
         assert self._block is not None
         if not at_once:

@@ -17,12 +17,12 @@ import transformers
 
 from zinfer._version import __version__
 from zinfer.aio import PORTABLE_REASON, Engine
+from zinfer.budgets import default_budget
 from zinfer.doctor.drive import Drive, look_at
 from zinfer.errors import BudgetError, OptionError
 from zinfer.pinned import COMPILED, Pool
 from zinfer.pinned.numa import node_for, online_nodes
 from zinfer.planner.memory import free_memory, total_memory
-from zinfer.streaming import default_budget
 
 POOL_BYTES = 64 << 20  # of the test pool: 32 huge pages
 TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -88,18 +88,20 @@ class Bounds:
 
 
 def compute_seconds(operators: Sequence[Operator], hardware: Hardware) -> float:
-    """Seconds of arithmetic and of memory traffic, whichever is more for each operator."""
-    return sum(
+    """Seconds of arithmetic and of memory traffic, whichever is more for each operator, and of starting them.
+
+    A device computes while the host starts the operators after; the CPU does one after the other.
+    """
+    starting = sum(operator.count for operator in operators) * hardware.operator_seconds
+    working = sum(
         operator.count
-        * (
-            hardware.operator_seconds
-            + max(
-                operator.flops / hardware.flop_rate(operator.dtype, operator.rows) if operator.flops else 0.0,
-                operator.nbytes / hardware.bandwidth(operator.kind),
-            )
+        * max(
+            operator.flops / hardware.flop_rate(operator.dtype, operator.rows) if operator.flops else 0.0,
+            operator.nbytes / hardware.bandwidth(operator.kind),
         )
         for operator in operators
     )
+    return max(starting, working) if hardware.has_device else starting + working
 
 
 def moved_bytes(asks: Sequence[tuple[int, float]], sizes: Sequence[int], kept: Container[int]) -> float:

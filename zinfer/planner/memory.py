@@ -34,19 +34,27 @@ def parse_size(size: int | str) -> int:
     raise OptionError(f"{brief(size)} is not a memory size; write bytes, or for example '3GiB' or '500MB'")
 
 
-def cpu_ceiling(max_memory: Mapping[Any, Any] | None) -> int | None:
-    """The "cpu" entry of `max_memory` in bytes; None where the user set no ceiling."""
+def ceilings(max_memory: Mapping[Any, Any] | None, device: int | None) -> tuple[int | None, int | None]:
+    """The ceilings of the host and of the device number `device` (None: the CPU computes), in bytes.
+
+    None where the user set none. Keys are "cpu", and for the device its number or torch's name of it. Raises
+    OptionError for others.
+    """
     if max_memory is None:
-        return None
+        return None, None
+    example = "{'cpu': '8GiB'}" if device is None else f"{{'cpu': '64GiB', {device}: '20GiB'}}"
     if not isinstance(max_memory, Mapping):
-        raise OptionError(f"max_memory is {brief(max_memory)}; give a mapping such as {{'cpu': '8GiB'}}")
-    unknown = [key for key in max_memory if key != "cpu"]
+        raise OptionError(f"max_memory is {brief(max_memory)}; give a mapping such as {example}")
+    names = () if device is None else (device, f"cuda:{device}", *(("cuda",) if device == 0 else ()))
+    unknown = [key for key in max_memory if key != "cpu" and (isinstance(key, bool) or key not in names)]
     if unknown:
-        raise OptionError(
-            f"max_memory has entries for {brief(unknown)}, but this version computes on the CPU: only 'cpu' has an "
-            "effect"
-        )
-    return parse_size(max_memory["cpu"]) if "cpu" in max_memory else None
+        what = "the CPU: only 'cpu' has an effect" if device is None else f"device {device}: give {example}"
+        raise OptionError(f"max_memory has entries for {brief(unknown)}, but this model computes on {what}")
+    given = [key for key in max_memory if key != "cpu"]
+    if len(given) > 1:
+        raise OptionError(f"max_memory names device {device} twice, as {brief(given)}")
+    host = parse_size(max_memory["cpu"]) if "cpu" in max_memory else None
+    return host, parse_size(max_memory[given[0]]) if given else None
 
 
 def total_memory() -> int:

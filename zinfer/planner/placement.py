@@ -6,7 +6,8 @@ needs only enough to keep the drive busy while operators compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from zinfer.errors import BudgetError
@@ -23,6 +24,7 @@ CONTENTION = (
     0.1  # of the time to read a weight, which operators lose to the drive's share of the memory's bandwidth
 )
 AS_GOOD = 1.01  # times the shortest sweep on paper
+ROUNDING = 1e-9  # of a sum of thousands of sizes, and far less than AS_GOOD tells apart
 # Time to compute with a weight over the time to read it, as measured on a CPU at batch 1 and what each row adds. Drives
 # differ, so that a larger share counts too; beyond the last, computing is all that takes time.
 COMPUTE_SHARE, SHARE_OF_A_ROW = 0.15, 0.008
@@ -59,14 +61,15 @@ class Placement:
         return self.resident_bytes + self.window_bytes + self.transient_bytes
 
 
-def place(weights: Sequence[Footprint], available: int, rows: int = 1) -> Placement:
+def place(weights: Sequence[Footprint], available: int, rows: int = 1, *, through: int = 0) -> Placement:
     """The placement with the fastest sweep within `available` bytes; `weights` are in operator order.
 
     `rows`: sequences that each sweep computes. The more there are, the longer operators compute and the larger a window
     pays: what it takes from the residents is read while there is time.
-    Raises BudgetError with the smallest number of bytes that works.
+    The window has `through` bytes at least, for others that pass. Raises BudgetError with the smallest number of bytes
+    that works.
     """
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     transient = max((w.transient for w in weights), default=0)
     room = available - transient
     order, by_size = _streamable(weights)
@@ -91,12 +94,9 @@ def place(weights: Sequence[Footprint], available: int, rows: int = 1) -> Placem
             if option is not None:
                 options.append(option)
     if options:
-        costs = [_drive_bytes(weights, order, option, rows) for option in options]
-        best = min(costs)
-        # A window is worth more than it looks on paper, where a drive is always as fast as the last time.
-        near = [option for option, cost in zip(options, costs, strict=True) if cost <= AS_GOOD * best]
-        return max(near, key=lambda option: option.window_bytes)
-    raise BudgetError(f"{available} bytes for weights are too few, {smallest(weights)} would do")
+        return _fastest(weights, order, options, rows)
+    least = smallest(weights, through)
+    raise BudgetError(f"{available} bytes for weights are too few, {least} would do", least)
 
 
 def divided(weights: Sequence[Footprint], first: Placement, within: int, rows: int = 1) -> Placement:
@@ -124,7 +124,7 @@ def thinned(
 
     None where those that a window of `window` bytes cannot stream are more already.
     """
-    bound = {i for i in residents if not _streams_through(window, weights[i])}
+    bound = {i for i in residents if not streams_through(window, weights[i])}
     left = limit - sum(weights[i].resident for i in bound)
     if left < 0:
         return None
@@ -141,13 +141,14 @@ def grown(
     return residents | spread([weights[i].resident for i in missing], left, missing)
 
 
-def _streams_through(window: int, weight: Footprint) -> bool:
+def streams_through(window: int, weight: Footprint) -> bool:
+    """Whether a window of `window` bytes is enough for `weight`, of which rows may be all that is asked for."""
     return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 
-def smallest(weights: Sequence[Footprint]) -> int:
+def smallest(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which `place` finds a placement."""
-    converted, floor = _window_floors(weights)
+    converted, floor = _window_floors(weights, through)
     _, by_size = _streamable(weights)
     kept, options = 0, [sum(w.resident for w in weights) + converted]
     for i in by_size:
@@ -157,15 +158,15 @@ def smallest(weights: Sequence[Footprint]) -> int:
     return min(options) + max((w.transient for w in weights), default=0)
 
 
-def all_resident(weights: Sequence[Footprint]) -> int:
+def all_resident(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which every weight, embeddings included, is resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted, _ = _window_floors(weights, through)
     return sum(w.resident for w in weights) + converted + max((w.transient for w in weights), default=0)
 
 
-def _window_floors(weights: Sequence[Footprint]) -> tuple[int, int]:
+def _window_floors(weights: Sequence[Footprint], through: int) -> tuple[int, int]:
     """The least window with everything resident, and with only what operators ask for in full resident."""
-    converted = max((w.window for w in weights if w.transient), default=0)
+    converted = max([through, *(w.window for w in weights if w.transient)])
     tables = (w.window for w in weights if w.rows_only and w.window <= ROWS_WINDOW)
     return converted, max(converted, max(tables, default=0))
 
@@ -176,21 +177,61 @@ def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
     return order, sorted(order, key=lambda i: -weights[i].window)
 
 
-def _drive_bytes(
-    weights: Sequence[Footprint], order: Sequence[int], placement: Placement, rows: int
-) -> float:
-    """What sweeps of `rows` cost, as bytes that the drive could have moved: the mean over shares, and CONTENTION."""
-    sizes = [weights[i].window for i in order]
-    streamed = [i not in placement.residents for i in order]
-    # Of a small model, both in proportion: else they would be all that counts.
-    pause, restart = min(PAUSE_BYTES, sum(sizes) // 64), min(RESTART_BYTES, max(sizes, default=0) // 8)
-    share = min(COMPUTE_SHARE + SHARE_OF_A_ROW * (rows - 1), MOST_SHARE)
-    costs = [
-        steady_sweep(sizes, streamed, placement.window_bytes, each, pause, restart)
-        for each in {share, max(share, OTHER_SHARE)}
-    ]
-    moved = sum(size for size, moves in zip(sizes, streamed, strict=True) if moves)
-    return sum(costs) / len(costs) + CONTENTION * moved
+def _fastest(
+    weights: Sequence[Footprint], order: Sequence[int], options: Sequence[Placement], rows: int
+) -> Placement:
+    """The one with the widest window of those within AS_GOOD of the shortest sweep.
+
+    A window is worth more than it looks on paper, where a drive is always as fast as the last time. The widest come
+    first, and no more are tried than can change the answer: often one, where a sweep costs no more than its bytes.
+    """
+    sweeps = [_Sweep(weights, order, option, rows) for option in options]
+    least = min(sweep.least for sweep in sweeps)
+    tried: list[tuple[float, Placement]] = []  # from the widest window down
+    for sweep, option in sorted(zip(sweeps, options, strict=True), key=lambda pair: -pair[1].window_bytes):
+        best = min((cost for cost, _ in tried), default=math.inf)
+        if sweep.least > AS_GOOD * best:
+            continue
+        tried.append((sweep.cost(), option))
+        best = min(best, tried[-1][0])
+        tried = [pair for pair in tried if pair[0] <= AS_GOOD * best]
+        if tried[0][0] <= AS_GOOD * least:
+            break
+    return tried[0][1]
+
+
+class _Sweep:
+    """A sweep of `rows`, in bytes that the drive could have moved: the mean over shares, and CONTENTION."""
+
+    def __init__(
+        self, weights: Sequence[Footprint], order: Sequence[int], placement: Placement, rows: int
+    ) -> None:
+        self._sizes = [weights[i].window for i in order]
+        self._streamed = [i not in placement.residents for i in order]
+        self._window = placement.window_bytes
+        self._moved = sum(size for size, moves in zip(self._sizes, self._streamed, strict=True) if moves)
+        self._total = sum(self._sizes)
+        # Of a small model, both in proportion: else they would be all that counts.
+        self._pause = min(PAUSE_BYTES, self._total // 64)
+        self._restart = min(RESTART_BYTES, max(self._sizes, default=0) // 8)
+        share = min(COMPUTE_SHARE + SHARE_OF_A_ROW * (rows - 1), MOST_SHARE)
+        self._shares = {share, max(share, OTHER_SHARE)}
+
+    @property
+    def least(self) -> float:
+        """What cost() is at least: neither the drive nor the operators ever pause."""
+        bounds = (max(self._moved, share * self._total + self._pause) for share in self._shares)
+        return self._mean(bounds) * (1 - ROUNDING)
+
+    def cost(self) -> float:
+        """What it takes on paper."""
+        return self._mean(
+            steady_sweep(self._sizes, self._streamed, self._window, share, self._pause, self._restart)
+            for share in self._shares
+        )
+
+    def _mean(self, sweeps: Iterable[float]) -> float:
+        return sum(sweeps) / len(self._shares) + CONTENTION * self._moved
 
 
 def _with_largest_kept(

@@ -19,7 +19,8 @@ class Plan:
     carries, `pcie_bytes` what crosses to the device. `cache_bytes` and `activation_bytes` are those of the whole batch
     at full length. `drive_seconds`, `pcie_seconds` and `compute_seconds` are the bounds of one decoding sweep at the
     mean length; `seconds_a_token` is the largest. `tokens_per_second` counts decoding alone, `throughput` the whole
-    generation, the first token included. `tiers` maps the streamed and resident weights to device, host or nvme.
+    generation, the first token included. `prefill_chunk`: tokens of each prompt that are prefilled at once.
+    `tiers` maps the streamed and resident weights to device, host or nvme.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Plan:
     first_token_seconds: float
     first_token_bottleneck: str
     throughput: float
+    prefill_chunk: int
     largest_batch: int
     notes: tuple[str, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ left over because weights do not divide.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zinfer.errors import BudgetError
 from zinfer.planner.placement import Footprint, Placement, all_resident, divided, place, smallest
@@ -23,6 +23,7 @@ class Tiers:
     host: frozenset[int]
     device_bytes: int
     device_window: int
+    device_conversions: int
     host_bytes: int
     host_window: int
     conversions: int
@@ -38,7 +39,7 @@ def place_on_cpu(weights: Sequence[Footprint], available: int, within: int, rows
     if weights:
         found = divided(weights, place(weights, available), within, rows)
     return Tiers(
-        frozenset(), found.residents, 0, 0, found.resident_bytes, found.window_bytes, found.transient_bytes
+        frozenset(), found.residents, 0, 0, 0, found.resident_bytes, found.window_bytes, found.transient_bytes
     )
 
 
@@ -47,12 +48,15 @@ def place_on_tiers(
 ) -> Tiers:
     """Fill the device with residents, then the host; both windows are of bytes that pass through.
 
+    What goes to the device passes through the host's window, whether it is to stay or not. Conversions are made on the
+    device: the host keeps what they are made from.
+
     Rows-only tables stay off the device unless all fits, as rows are copied when they are asked for. Without
     `drive`, everything that is not on the device has to be in host memory.
     Raises BudgetError with the smallest number of bytes that works on the tier that is too small.
     """
     if not weights:
-        return Tiers(frozenset(), frozenset(), 0, 0, 0, 0, 0)
+        return Tiers(frozenset(), frozenset(), 0, 0, 0, 0, 0, 0)
     try:
         top = place(weights, device_available)
     except BudgetError as error:
@@ -61,21 +65,48 @@ def place_on_tiers(
             smallest(weights),
         ) from error
     left = [index for index in range(len(weights)) if index not in top.residents]
-    rest = [weights[index] for index in left]
-    if not rest:
-        return Tiers(top.residents, frozenset(), top.resident_bytes, top.window_bytes, 0, 0, 0)
-    needed = smallest(rest) if drive else all_resident(rest)
+    through = max((weights[index].window for index in top.residents), default=0)
+    below = [replace(weights[index], resident=weights[index].window, transient=0) for index in left]
+    needed = smallest(below, through) if drive else all_resident(below, through)
     if needed > host_available:
         raise BudgetError(
             f"the host has {max(host_available, 0)} bytes for weights, too few: {needed} would do", needed
         )
-    below = place(rest, host_available)
+    bottom = place(below, host_available, through=through)
     return Tiers(
         device=top.residents,
-        host=frozenset(left[index] for index in below.residents),
+        host=frozenset(left[index] for index in bottom.residents),
         device_bytes=top.resident_bytes,
-        device_window=top.window_bytes + top.transient_bytes,
-        host_bytes=below.resident_bytes,
-        host_window=below.window_bytes,
-        conversions=below.transient_bytes,
+        device_window=top.window_bytes,
+        device_conversions=top.transient_bytes,
+        host_bytes=bottom.resident_bytes,
+        host_window=bottom.window_bytes,
+        conversions=bottom.transient_bytes,
+    )
+
+
+def beside_caches(weights: Sequence[Footprint], tiers: Tiers, within: int, spare: int = 0) -> Tiers:
+    """`tiers` in a run whose caches and activations leave `within` bytes of the device.
+
+    Residents there go to host memory as far as `spare` bytes that nothing was planned for go, else back to the drive,
+    as in residency.py and AttachedDevice.release.
+    Raises BudgetError with the fewest bytes `within` that work.
+    """
+    if not weights:
+        return tiers
+    first = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
+    top = divided(weights, first, within)
+    moved, left = set[int](), spare
+    for index in sorted(tiers.device - top.residents):
+        if weights[index].window <= left:
+            moved.add(index)
+            left -= weights[index].window
+    return replace(
+        tiers,
+        device=top.residents,
+        host=(tiers.host | moved) - top.residents,
+        device_bytes=top.resident_bytes,
+        device_window=top.window_bytes,
+        device_conversions=top.transient_bytes,
+        host_bytes=tiers.host_bytes + spare - left,
     )

@@ -224,10 +224,17 @@ def _read_records(
         outside = [name for name in manifest["files"] if not is_inside(name)]
         if outside:
             raise ValueError(f"{quote(outside)} are no names of files in this folder")
-        return {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        return {name: _record(record) for name, record in manifest["files"].items()}
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.log(level, "%s: not used: %s", path, error)
         return None
+
+
+def _record(fields: dict[str, Any]) -> FileRecord:
+    try:
+        return FileRecord(**fields)
+    except TypeError as error:  # whose text repeats a field's name as it is, and any name may be in a file
+        raise ValueError(f"{quote(fields)} does not describe a file") from error
 
 
 def _fields(record: FileRecord) -> dict[str, Any]:

@@ -9,9 +9,11 @@ scaled projections, T5's factors) without a byte allocated.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,9 +67,10 @@ class Inventory:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def take_inventory(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Inventory:
+def take_inventory(config: PreTrainedConfig, dtype: torch.dtype, seed: int | None) -> Inventory:
     """Build the model of `config` without its weights and list its checkpoint's tensors.
 
+    `seed`: of the small tensors' values; None where only names, shapes and dtypes count: values take their time.
     Raises CheckpointError for an architecture that transformers does not know or cannot build.
     """
     cls = model_class(config)
@@ -77,6 +80,9 @@ def take_inventory(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> I
     except REFUSALS as error:
         raise CheckpointError(f"{cls.__name__} cannot be built from this config: {error}") from error
     recorder = InitRecorder(getattr(config.get_text_config(), "initializer_range", None) or DEFAULT_STD)
+    if seed is None:
+        tensors = _checkpoint_tensors(model, contextlib.nullcontext())
+        return Inventory(model, _specs(model, tensors, recorder))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dtypes = _materialise_small(model)
@@ -310,7 +316,9 @@ def _cast_small(model: nn.Module, dtypes: dict[int, torch.dtype]) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _checkpoint_tensors(model: PreTrainedModel, recorder: InitRecorder) -> dict[str, torch.Tensor]:
+def _checkpoint_tensors(
+    model: PreTrainedModel, recorder: AbstractContextManager[Any]
+) -> dict[str, torch.Tensor]:
     """The model's tensors without duplicates, under the hub's names and in the hub's pieces."""
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     for name in model._keys_to_ignore_on_save or ():

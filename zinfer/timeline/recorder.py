@@ -13,7 +13,7 @@ LIMIT = 1 << 16  # events kept, the newest; at most about 20 MB
 
 
 class Timing(Protocol):
-    """When a request ran, and what was moved for it: see `zinfer.aio`. Holds no memory of the request's."""
+    """When a request or a copy ran, and what was moved for it: see `zinfer.aio`. Holds none of its memory."""
 
     @property
     def started(self) -> float | None:
@@ -28,6 +28,14 @@ class Timing(Protocol):
         """Bytes moved, or None until it has ended."""
 
 
+class CopyTiming(Timing, Protocol):
+    """When a copy runs, if anybody looks."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether `started` and `finished` will be known once it has run."""
+
+
 class _Mine(threading.local):
     """Where one thread is."""
 
@@ -40,8 +48,8 @@ class _Mine(threading.local):
 class Recorder:
     """The events of one model, the newest `limit` of them. Any thread may call any method.
 
-    A read is noted when it is started and told of once it has ended; where it is dropped before, it counts with
-    what the drive had moved. Times are time.perf_counter's.
+    A read or a copy is noted when it is started and told of once it has ended; a read that is dropped before counts
+    with what the drive had moved. Times are time.perf_counter's.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -49,7 +57,7 @@ class Recorder:
         self._limit = limit
         self._events: deque[tuple[str, str, float, float, int, int, str]] = deque()  # the fields of Span
         self._window: deque[tuple[float, int]] = deque(maxlen=limit)
-        self._reading: deque[tuple[str, str, Timing]] = deque()  # name, kind, when
+        self._running: deque[tuple[str, str, str, Timing]] = deque()  # row, name, kind, when
         self._dropped = 0
         self._threads = 0
         self._sweeps = 0
@@ -58,15 +66,12 @@ class Recorder:
 
     def read(self, name: str, kind: str, timing: Timing) -> None:
         """A read of a weight's bytes was started; `kind` is one of events.KINDS."""
-        with self._lock:
-            while self._reading and self._reading[0][2].finished is not None:
-                self._ended(*self._reading.popleft())
-            self._reading.append((name, kind, timing))
+        self._began(READS, name, kind, timing)
 
-    def copied(self, name: str, nbytes: int, start: float, end: float) -> None:
-        """`nbytes` of a weight were copied from host memory to a device."""
-        with self._lock:
-            self._keep(COPIES, name, start, end, 0, nbytes, "")
+    def copying(self, name: str, timing: CopyTiming) -> None:
+        """A copy of a weight from host memory to a device was started. One whose times nobody keeps is left out."""
+        if timing.timed:
+            self._began(COPIES, name, "", timing)
 
     def asked(self) -> None:
         """The calling thread asks for a weight, or ends its sweep: what it computed before is over."""
@@ -109,12 +114,12 @@ class Recorder:
     def timeline(self, model: str) -> Timeline:
         """What happened so far, reads that have not ended left out."""
         with self._lock:
-            for _ in range(len(self._reading)):
-                read = self._reading.popleft()
-                if read[2].finished is None:
-                    self._reading.append(read)
+            for _ in range(len(self._running)):
+                moved = self._running.popleft()
+                if moved[3].finished is None:
+                    self._running.append(moved)
                 else:
-                    self._ended(*read)
+                    self._ended(*moved)
             events, window, dropped = list(self._events), list(self._window), self._dropped
         origin = self._origin
         spans = [
@@ -123,6 +128,12 @@ class Recorder:
         ]
         spans.sort(key=lambda span: (span.start, span.end))
         return Timeline(model, tuple(spans), tuple((at - origin, used) for at, used in window), dropped)
+
+    def _began(self, row: str, name: str, kind: str, timing: Timing) -> None:
+        with self._lock:
+            while self._running and self._running[0][3].finished is not None:
+                self._ended(*self._running.popleft())
+            self._running.append((row, name, kind, timing))
 
     # ---- under the lock ---------------------------------------------------------------------------------
 
@@ -133,10 +144,10 @@ class Recorder:
             self._threads += 1
         return mine.number
 
-    def _ended(self, name: str, kind: str, timing: Timing) -> None:
+    def _ended(self, row: str, name: str, kind: str, timing: Timing) -> None:
         started, finished = timing.started, timing.finished
         if started is not None and finished is not None:  # else it was dropped before it could start
-            self._keep(READS, name, started, finished, 0, timing.transferred or 0, kind)
+            self._keep(row, name, started, finished, 0, timing.transferred or 0, kind)
 
     def _keep(
         self, row: str, name: str, start: float, end: float, thread: int, nbytes: int, kind: str

@@ -63,6 +63,19 @@ def lay_out(placements: Sequence[Placed], *, allocated: bool = False, unit: int 
     return Layout(max(cursor, unit), tuple(pieces), tuple(starts))
 
 
+def lay_out_apart(layout: Layout, placements: Sequence[Placed], unit: int, *, residues: bool) -> Layout:
+    """Where tensors that `layout` places on the host stand on a device: each from a multiple of `unit`.
+
+    With `residues`, plus what its address on the host is modulo VECTOR. `pieces` stay empty: nothing reads into it.
+    """
+    cursor, starts = 0, []
+    for start, placed in zip(layout.starts, placements, strict=True):
+        residue = start % VECTOR if residues else 0
+        starts.append(cursor + (0 if residue % placed.dtype.itemsize else residue))
+        cursor = round_up(starts[-1] + placed.nbytes, unit)
+    return Layout(max(cursor, unit), (), tuple(starts))
+
+
 def _residue(placed: Placed, allocated: bool) -> int:
     """Where in its page the tensor starts: its file's residue if it may keep that, else where copies shift it."""
     first = placed.runs[0].offset if placed.runs else 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from zinfer.errors import CheckpointError, OptionError
@@ -100,8 +104,8 @@ def symbolic_model(
     Raises CheckpointError for tensors that the checkpoint lacks or that have another shape, and
     OptionError for an option that transformers does not take.
     """
-    state = {name: SymbolicTensor.of(entry) for name, entry in checkpoint.tensors.items()}
-    with _quiet_progress():
+    with _quiet_progress(), _nothing_collected():
+        state = {name: SymbolicTensor.of(entry) for name, entry in checkpoint.tensors.items()}
         try:
             model, info = _checking(cls, checkpoint).from_pretrained(  # type: ignore[attr-defined]
                 None,
@@ -159,10 +163,17 @@ def _checking(cls: type[nn.Module], checkpoint: Checkpoint) -> type[nn.Module]:
         )
         return cls._finalize_model_loading(model, load_config, info)  # type: ignore[attr-defined]
 
+    def load(model: Any, state: Any, files: Any, load_config: Any, *rest: Any) -> Any:
+        for transform in load_config.weight_mapping or ():
+            if type(transform) is WeightConverter:
+                transform.__class__ = _Converter
+        return cls._load_pretrained_model(model, state, files, load_config, *rest)  # type: ignore[attr-defined]
+
     extra = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "_finalize_model_loading": staticmethod(finalize),
+        "_load_pretrained_model": staticmethod(load),
     }
     return type(cls.__name__, (cls,), extra)
 
@@ -203,6 +214,20 @@ def _file_of(checkpoint: Checkpoint, name: str) -> str:
     return next((e.path for e in (*named, *beside)), checkpoint.folder)
 
 
+class _Converter(WeightConverter):
+    """A rule that is copied at once: transformers copies one for each tensor that an experts' weight is made from.
+
+    Of DeepSeek-V3 those are 45 thousand. Copies share what a rule consists of; what they collect is their own.
+    """
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Converter:
+        made = copy.copy(self)
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
+
+
 @contextlib.contextmanager
 def _quiet_progress() -> Iterator[None]:
     """transformers' bar counts tensors it does not read; it would only mislead."""
@@ -213,6 +238,18 @@ def _quiet_progress() -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Objects come by the hundred thousand, and to stay: looking for garbage among them takes half as long again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def parameter_slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, torch.Tensor, bool]]:

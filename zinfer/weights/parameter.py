@@ -3,6 +3,7 @@
 Any torch operator that touches one runs with the real tensor instead. `__torch_function__` sees calls
 made from Python, `__torch_dispatch__` what slips past it (`weight.T`, scripted code). What an operator
 needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[i]`) from `source.rows`.
+Where memory runs out in one, the source gives some back, and it runs once more.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zinfer.errors import ReadOnlyError, ZinferError
+from zinfer.weights.shortage import ran_out
 from zinfer.weights.weight import Weight
+
+CPU = torch.device("cpu")
 
 
 class WeightSource(Protocol):
@@ -34,6 +38,14 @@ class WeightSource(Protocol):
         """Told when the operator that asked for all of `weight` has ended."""
         ...
 
+    def relieve(self, weight: Weight, words: str) -> None:
+        """Give memory back: it ran out, as `words` say, in an operator that takes `weight` and will run once more."""
+        ...
+
+    def exhausted(self, weight: Weight, words: str) -> Exception:
+        """What to raise where memory ran out again then."""
+        ...
+
 
 class StreamedParameter(torch.Tensor):
     """See the module's docstring. Read-only; deep copies share the weight.
@@ -47,14 +59,16 @@ class StreamedParameter(torch.Tensor):
     _is_param: bool
 
     @staticmethod
-    def __new__(cls: type[StreamedParameter], weight: Weight, source: WeightSource) -> StreamedParameter:
-        """A parameter that stands for `weight` and gets its bytes from `source`."""
+    def __new__(
+        cls: type[StreamedParameter], weight: Weight, source: WeightSource, device: torch.device = CPU
+    ) -> StreamedParameter:
+        """A parameter that stands for `weight` and gets its bytes, on `device`, from `source`."""
         parameter: StreamedParameter = torch.Tensor._make_wrapper_subclass(
             cls,
             weight.shape,
             strides=weight.stride,
             dtype=weight.dtype,
-            device=torch.device("cpu"),
+            device=device,
             requires_grad=weight.requires_grad,
         )
         parameter.weight = weight
@@ -72,7 +86,7 @@ class StreamedParameter(torch.Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
-        return memo.setdefault(id(self), StreamedParameter(self.weight, self.source))
+        return memo.setdefault(id(self), StreamedParameter(self.weight, self.source, self.device))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ZinferError(
@@ -93,7 +107,10 @@ class StreamedParameter(torch.Tensor):
         except BaseException as error:
             # Whoever keeps the error (a notebook keeps the last one) must not keep weights in the window with it.
             traceback.clear_frames(error.__traceback__)
-            raise
+            parameter = _repeatable(func, args, kwargs or {}) if ran_out(error) else None
+            if parameter is None:
+                raise
+            return _once_more(_run, func, args, kwargs or {}, parameter, str(error))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -103,7 +120,40 @@ class StreamedParameter(torch.Tensor):
             return _dispatch(func, args, kwargs or {})
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
+            parameter = _repeatable(func, args, kwargs or {}) if ran_out(error) else None
+            if parameter is None:
+                raise
+            return _once_more(_dispatch, func, args, kwargs or {}, parameter, str(error))
+
+
+def _repeatable(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StreamedParameter | None:
+    """A streamed parameter that `func` takes, if it can run twice: if it changes none of what it is given."""
+    name = getattr(func, "__name__", "").partition(".")[0]
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+    if in_place or kwargs.get("inplace") or kwargs.get("out") is not None:
+        return None
+    return next((leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is StreamedParameter), None)
+
+
+def _once_more(
+    run: Callable[..., Any],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parameter: StreamedParameter,
+    words: str,
+) -> Any:
+    """`run` what memory ran out for, after some was given back. What it held is gone: its frames were cleared."""
+    parameter.source.relieve(parameter.weight, words)
+    try:
+        return run(func, args, kwargs)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        if not ran_out(error):
             raise
+        raise parameter.source.exhausted(parameter.weight, str(error)) from error
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,7 +164,7 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     name = getattr(func, "__name__", "").partition(".")[0]  # an ATen overload is called "add_.Scalar"
     if kwargs or (name.endswith("_") and not name.endswith("__")):
         _refuse_to_write(name, args, kwargs)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _without_autocast_cache(func, args, kwargs)
     if not kwargs and not torch.is_grad_enabled():
         out = func(*_real(args))
@@ -263,7 +313,7 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if weight.resident is not None or weight.row_source is None:
         return F.embedding(_real(ids), _whole(parameter))
     if not ids.numel():
-        return torch.empty((*ids.shape, *weight.shape[1:]), dtype=weight.dtype)
+        return torch.empty((*ids.shape, *weight.shape[1:]), dtype=weight.dtype, device=ids.device)
     distinct, positions = torch.unique(_real(ids), return_inverse=True)
     rows = distinct.tolist()
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:

@@ -73,6 +73,11 @@ class SymbolicTensor(torch.Tensor):
         """The symbolic tensor for one checkpoint tensor; `residue` as in Leaf."""
         return cls(Leaf(entry, residue), torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
 
+    def __getitem__(self, index: Any) -> Any:
+        # With [...] transformers' loader asks for the bytes of each of the files' tensors: where those are tens of
+        # thousands, dispatching it takes longer than all else that it does.
+        return self if index is Ellipsis else super().__getitem__(index)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SymbolicTensor({tuple(self.shape)}, {self.dtype})"
 

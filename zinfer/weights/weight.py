@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import weakref
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from zinfer.weights.layout import Layout, lay_out, placements_of
 from zinfer.weights.lowering import Placed, Provenance
 from zinfer.weights.symbolic import Apply
-
-if TYPE_CHECKING:
-    from zinfer.device.fetch import Fetch
 
 aten = torch.ops.aten
 
@@ -52,7 +49,7 @@ class Weight:
         self.layout: Layout = lay_out(placements_of(provenance), allocated=allocated)
         self.wants_residence = False
         self.resident: torch.Tensor | None = None
-        self.fetch: weakref.ref[Fetch] | None = None
+        self.fetch: weakref.ref[Any] | None = None
 
     @property
     def placed(self) -> Placed | None:

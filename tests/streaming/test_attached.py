@@ -1,0 +1,246 @@
+"""A device with memory of its own, played by the staged one: the promises hold at every tier and in every order."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import zlib
+
+import pytest
+import torch
+import transformers
+
+import zinfer
+from tests import architectures
+from tests.streaming.test_exactness import IDS, assert_same
+from zinfer.device.cuda import STEP, allocated_by_torch
+from zinfer.device.staged import StagedProcessor
+
+MEMORY = 1 << 34  # of the pretended device
+CACHES = 60_000  # bytes: what the longest of these tests caches, and its activations
+BUFFERS = 64 << 10  # bytes, the engine's
+LATE = 0.002  # seconds
+TYPICAL = ("llama", "qwen3_moe", "t5")
+
+
+def late(seed: int):
+    """Copies and fences that come when they like, the same way for the same seed."""
+    dice = random.Random(seed)
+    lock = threading.Lock()
+
+    def delay(kind: str) -> float:
+        with lock:
+            return dice.choice([0.0, 0.0, LATE * dice.random()])
+
+    return delay
+
+
+def staged(seed: int = 0) -> StagedProcessor:
+    return StagedProcessor(MEMORY, delay=late(seed), check=True)
+
+
+def run_within(folder: str, processor: StagedProcessor, device: int, host: int, **options):
+    """Stream within `device` and `host` bytes, or within the fewest that work."""
+    device += CACHES
+    for _ in range(4):
+        try:
+            return zinfer.run(folder, device=processor, max_memory={0: device, "cpu": host}, **options)
+        except zinfer.BudgetError as error:
+            assert error.smallest is not None
+            if "max_memory['cpu'] to that" in str(error):
+                host = error.smallest
+            else:
+                device = error.smallest + CACHES
+    raise AssertionError("no budget works")
+
+
+def finish(model, processor: StagedProcessor) -> None:
+    model.zinfer.close()
+    gc.collect()
+    assert processor.races == []
+
+
+def mixes(total: int) -> dict[str, tuple[int, int]]:
+    """Budgets of device and host that make weights live on each tier, and on several."""
+    return {
+        "device": (4 * total, 2 * total),
+        "device and host": (total // 2, 2 * total + BUFFERS),
+        "device and nvme": (total // 2, 1),
+        "all tiers": (total // 3, int(total * 0.8) + BUFFERS),
+        "hardly anything": (1, 1),
+    }
+
+
+@pytest.mark.parametrize("mix", mixes(0))
+@pytest.mark.parametrize("name", architectures.ALL)
+def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, nothing_left):
+    folder = saved(name)
+    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    total = architectures.parameter_bytes(reference)
+    device, host = mixes(total)[mix]
+    processor = staged(zlib.crc32(f"{name}, {mix}".encode()))
+    model = run_within(folder, processor, device, host, offload="nvme")
+    assert_same(reference, model, name)
+    report = model.zinfer.report()
+    assert report.device is not None
+    assert report.device.window_bytes > 0 or mix == "device", (
+        "nothing passed through: the test proves nothing"
+    )
+    if name in TYPICAL:  # others have weights that are small or cannot stream: there, a tier may stay empty
+        assert (report.resident_bytes > 0) == (mix in ("device and host", "all tiers"))
+        if mix != "device and host":  # there, what leaves the device for caches comes from the drive
+            assert (model.zinfer.sweep_bytes > 0) == (mix != "device")
+    finish(model, processor)
+
+
+def test_a_thousand_sweeps_with_recycled_memory_poisoned_give_the_same_logits(saved, nothing_left):
+    folder = saved("llama")
+    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
+    total = architectures.parameter_bytes(reference)
+    dice = random.Random(1)
+    processor = StagedProcessor(
+        MEMORY, delay=lambda kind: 0.0002 * dice.random() if dice.random() < 0.05 else 0.0, check=True
+    )
+    model = run_within(folder, processor, total // 3, total // 3, offload="nvme")
+    ids = IDS[:1, :2]
+    with torch.no_grad():
+        expected = reference(ids).logits
+        for _ in range(1000):
+            assert torch.equal(model(ids).logits, expected)
+    finish(model, processor)
+
+
+def test_threads_at_different_places_share_the_device(saved, nothing_left):
+    folder = saved("llama")
+    reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
+    total = architectures.parameter_bytes(reference)
+    processor = staged(3)
+    model = run_within(folder, processor, total // 2, total // 2, offload="nvme")
+    expected = [reference(IDS[:1, : 1 + n]).logits for n in range(4)]
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        for _ in range(8):
+            try:
+                if not torch.equal(model(IDS[:1, : 1 + number]).logits, expected[number]):
+                    wrong.append(f"thread {number}")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    finish(model, processor)
+
+
+def test_the_budget_of_the_device_holds(saved, nothing_left):
+    folder = saved("llama")
+    total = architectures.parameter_bytes(architectures.ALL["llama"][0].from_pretrained(folder))
+    for share in (0.3, 0.5, 0.8):
+        processor = staged()
+        device = int(total * share)
+        model = run_within(folder, processor, device, 2 * total, offload="nvme")
+        budget = model.zinfer.report().device.budget
+        model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        figures = model.zinfer.report().device
+        assert processor.peak + figures.small_bytes + figures.cache_bytes <= budget
+        finish(model, processor)
+
+
+class Rounding(StagedProcessor):
+    """As torch's allocator on a GPU: a block takes more than what is in it, but no segment is half full."""
+
+    overhead = STEP  # for the window
+
+    def allocated(self, nbytes: int) -> int:
+        """See Processor."""
+        return allocated_by_torch(nbytes)
+
+    def block(self, nbytes: int):
+        """See Processor."""
+        return super().block(self.allocated(nbytes))
+
+    def limit(self, nbytes: int | None) -> None:
+        """See Processor."""
+        super().limit(None if nbytes is None else nbytes + self.overhead)
+
+
+def test_the_budget_of_the_device_holds_where_its_allocator_rounds(tmp_path, nothing_left, caplog):
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=5504,  # 10.75 MiB a matrix, which takes 12
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        vocab_size=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    budget = 100 << 20
+    processor = Rounding(MEMORY)
+    with zinfer.run(
+        tmp_path, device=processor, max_memory={0: budget, "cpu": "300MiB"}, offload="nvme", progress=False
+    ) as model:
+        for _ in range(2):
+            model(IDS % 64)
+        figures = model.zinfer.report().device
+        there = sum(w.resident is not None for w in model.zinfer._streaming.weights)
+        assert not caplog.records, "a resident found no memory"
+    assert there > 3
+    assert processor.peak + figures.small_bytes + figures.cache_bytes <= budget
+
+
+def test_offload_cpu_reads_nothing_once_loaded_and_none_keeps_all_on_the_device(saved, nothing_left):
+    folder = saved("llama")
+    total = architectures.parameter_bytes(architectures.ALL["llama"][0].from_pretrained(folder))
+    processor = staged()
+    model = run_within(folder, processor, total // 2, 2 * total, offload="cpu")
+    for _ in range(2):  # what caches push off the device is read once more, to host memory
+        model(IDS)
+    before = model.zinfer.bytes_read
+    for _ in range(3):
+        model(IDS)
+    assert model.zinfer.bytes_read == before
+    finish(model, processor)
+    processor = staged()
+    model = run_within(folder, processor, 2 * total, 2 * total, offload="none")
+    assert not any(isinstance(p, zinfer.weights.parameter.StreamedParameter) for p in model.parameters())
+    finish(model, processor)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(saved):
+    folder = saved("llama")
+    processor = StagedProcessor(1 << 20)
+    with pytest.raises(zinfer.BudgetError, match=r"max_memory\[0\] is .* but staged has 1048576"):
+        zinfer.run(folder, device=processor, max_memory={0: "1GiB"})
+    with pytest.raises(zinfer.BudgetError, match="smallest max_memory") as caught:
+        zinfer.run(folder, device=processor, max_memory={0: 100})
+    assert caught.value.smallest > 100
+    with pytest.raises(zinfer.BudgetError, match=r"raise max_memory\['cpu'\]"):
+        zinfer.run(folder, device=StagedProcessor(MEMORY), max_memory={0: caught.value.smallest, "cpu": 1000})
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda:7", "GPU"), ("tpu", "Expected one of"), ("mps", "'cpu' and on 'cuda'"), (3.5, "3.5")],
+)
+def test_a_device_that_is_not_there_is_refused(device, words, saved):
+    with pytest.raises(zinfer.OptionError, match=words):
+        zinfer.run(saved("llama"), device=device)
+
+
+def test_a_model_that_is_dropped_without_close_ends_its_threads(saved, nothing_left):
+    folder = saved("llama")
+    processor = staged()
+    model = run_within(folder, processor, 1, 1, offload="nvme")
+    model(IDS)
+    names = {thread.name for thread in threading.enumerate()}
+    assert "zinfer-copy" in names and "zinfer-copied" in names
+    del model
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("zinfer-cop", "staged")):
+            thread.join(5)
+    assert not {t.name for t in threading.enumerate()} & {"zinfer-copy", "zinfer-copied"}

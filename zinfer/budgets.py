@@ -1,0 +1,141 @@
+"""How many bytes each tier has, and what goes where within them: one answer for `zinfer.run` and `zinfer.plan`.
+
+Nothing is allocated here. What is free is asked of the machine and of the processor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from zinfer.device.processor import Processor
+from zinfer.errors import BudgetError
+from zinfer.parts import Held, Parts, PartsOnDevice, least_budget
+from zinfer.planner.memory import free_memory, total_memory
+from zinfer.planner.placement import Placement, place
+from zinfer.planner.tiers import Tiers, place_on_tiers
+
+logger = logging.getLogger("zinfer")
+
+CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
+HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
+HEADROOM_SHARE = (
+    16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
+)
+
+
+def default_budget() -> int:
+    """Bytes zinfer allocates at most where the user sets no ceiling: what is free now, less headroom."""
+    return less_headroom(free_memory())
+
+
+def less_headroom(free: int) -> int:
+    """What zinfer may take of `free` bytes."""
+    return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
+
+
+def host_budget(ceiling: int | None, spare: int) -> int:
+    """Bytes of host memory to be used where `spare` can be had. Raises BudgetError for a ceiling above the machine."""
+    if ceiling is None:
+        return spare
+    if ceiling > total_memory():
+        raise BudgetError(
+            f"max_memory['cpu'] is {ceiling} bytes, but this machine (or its memory cgroup) has {total_memory()}; "
+            f"ask for at most {spare}, what is free now"
+        )
+    if ceiling > spare:
+        logger.warning(
+            "max_memory['cpu'] is %.2f GiB, of which %.2f GiB are free now less headroom; using those",
+            ceiling / 2**30,
+            spare / 2**30,
+        )
+    return min(ceiling, spare)
+
+
+def device_budget(processor: Processor, ceiling: int | None) -> int:
+    """Bytes that may be allocated on the device. Raises BudgetError for a ceiling above what it has."""
+    free, total = processor.free(), processor.memory()[1]
+    key = f"max_memory[{processor.torch_device.index or 0}]"
+    if ceiling is not None and ceiling > total:
+        raise BudgetError(
+            f"{key} is {ceiling} bytes, but {processor.name} has {total}; ask for at most {free}, what is free now"
+        )
+    if ceiling is not None and ceiling > free:
+        logger.warning(
+            "%s is %d bytes, of which %d are free on %s now; using those", key, ceiling, free, processor.name
+        )
+    return (less_headroom(free) if ceiling is None else min(ceiling, free)) - processor.overhead
+
+
+def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement:
+    """Where the weights go that the CPU computes with. Raises BudgetError with the smallest budget that works."""
+    budget, needed = parts.budget, least_budget(parts, held, offload)
+    if needed > budget:
+        what = (
+            f"offload={offload!r} keeps the whole model in memory"
+            if offload in ("cpu", "none")
+            else "the largest operator and the small tensors have to be in memory at once"
+        )
+        remedy = "; offload='nvme' streams what does not fit" if offload in ("cpu", "none") else ""
+        raise BudgetError(
+            f"the budget is {budget} bytes, but {what}: the smallest max_memory['cpu'] that works is "
+            f"{needed} bytes{remedy}{_shortage(needed)}",
+            needed,
+        )
+    return (
+        place(parts.footprints, budget - parts.fixed) if parts.footprints else Placement(frozenset(), 0, 0, 0)
+    )
+
+
+def tiers_within(
+    parts: Parts, there: PartsOnDevice, offload: str, budget: int, processor: Processor, *, kv_offload: bool
+) -> Tiers:
+    """Where the weights go with a device of its own memory.
+
+    Raises BudgetError with the budget that would do, of the tier that is too small.
+    """
+    key = f"max_memory[{processor.torch_device.index or 0}]"
+    needed = there.needed(offload)
+    if needed > budget:
+        what = (
+            "offload='none' keeps the whole model on the device"
+            if offload == "none"
+            else "the largest operator and the small tensors have to be on the device at once"
+        )
+        raise BudgetError(
+            f"{processor.name} has {budget} bytes for zinfer, but {what}: the smallest {key} that works is "
+            f"{needed + processor.overhead} bytes",
+            needed + processor.overhead,
+        )
+    try:
+        return divide_tiers(parts, there, offload, budget, kv_offload=kv_offload)
+    except BudgetError as error:
+        needed = (error.smallest or 0) + parts.bounce
+        raise BudgetError(
+            f"the host's budget is {parts.budget} bytes, but offload={offload!r} needs {needed} there: raise "
+            f"max_memory['cpu'] to that, or {key}{_shortage(needed)}",
+            needed,
+        ) from error
+
+
+def divide_tiers(
+    parts: Parts, there: PartsOnDevice, offload: str, budget: int, *, kv_offload: bool = False
+) -> Tiers:
+    """place_on_tiers with `budget` bytes of the device, and the host's budget of `parts`; small tensors come first.
+
+    Raises what that raises: with bytes for weights alone.
+    """
+    drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
+    on_device = budget - there.small_bytes
+    if kv_offload:
+        try:
+            kept = parts.budget // CACHE_SHARE
+            return place_on_tiers(there.footprints, on_device, host - kept, drive=drive)
+        except BudgetError as error:
+            host = min(host, error.smallest or host)  # caches get what is left
+    return place_on_tiers(there.footprints, on_device, host, drive=drive)
+
+
+def _shortage(needed: int) -> str:
+    spare = default_budget()
+    return f" (but only {spare} bytes are free now: end other programs first)" if needed > spare else ""

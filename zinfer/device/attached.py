@@ -1,0 +1,444 @@
+"""A device with memory of its own: weights go from the drive to host memory, and from there to the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+
+from zinfer.device.arena import Arena, Lease
+from zinfer.device.copies import Copies
+from zinfer.device.cpu import leaf_among
+from zinfer.device.host import Host, flagged, view_of, why_pageable
+from zinfer.device.lifted import LiftedFetch
+from zinfer.device.processor import ALIGNMENT, Event, Processor
+from zinfer.device.refusals import Refusals
+from zinfer.errors import BudgetError, OutOfMemoryError
+from zinfer.pinned import Pool
+from zinfer.timeline.recorder import Recorder
+from zinfer.weights.layout import Layout, lay_out_apart, placements_of
+from zinfer.weights.lowering import Placed
+from zinfer.weights.symbolic import evaluate
+from zinfer.weights.weight import Weight
+
+logger = logging.getLogger("zinfer")
+
+TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
+
+
+def device_layout(weight: Weight, *, residues: bool) -> Layout:
+    """Where the tensors that `weight` is made of stand in its memory on a device."""
+    return lay_out_apart(weight.layout, placements_of(weight.provenance), ALIGNMENT, residues=residues)
+
+
+class AttachedDevice(Host):
+    """A Host, and a window on `processor` that weights pass through; residents there have memory of their own.
+
+    Tiers: a weight that `wants_residence` comes to stay on the device; one in `on_host` stays in a page-locked place
+    in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
+    and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
+    A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
+    Any thread may call any method.
+    """
+
+    patience = 10.0  # copies and their threads give memory back, when they come to it
+
+    def __init__(
+        self,
+        processor: Processor,
+        paths: Sequence[str],
+        on_host: Sequence[Weight],
+        host_window: int,
+        device_window: int,
+        bounce: int,
+        *,
+        spare: int = 0,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.processor = processor
+        self.torch_device = processor.torch_device
+        self.name = processor.name
+        self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
+        self._layouts: dict[Weight, Layout] = {}
+        self._spare = Spare(spare)
+        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
+        self._bringing = threading.RLock()
+        self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
+        self._refusals = Refusals(processor.name)
+        self._streams: list[Any] = []  # that operators run on, as far as is known
+        self._arena: Arena | None = None
+        self._copies: Copies | None = None
+        lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
+        with processor.current():  # memory is page-locked through it
+            super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        try:
+            self._arena = Arena(processor, device_window) if device_window else None
+            self._warn_of_pageable_memory(self.pools)
+            self._copies = Copies(partial(_tell, weakref.ref(self)), processor.current)
+            # Threads hold what they work with: where nobody closes, they have to end with the device.
+            weakref.finalize(self, _end, self._copies, processor).atexit = False
+        except BaseException:
+            self.close()
+            raise
+
+    def _warn_of_pageable_memory(self, pools: Sequence[Pool]) -> None:
+        """Tell, once for each reason, that memory is not page-locked, and what that costs."""
+        if not self.processor.page_locks:
+            return
+        reasons = {why_pageable(pool) for pool in pools if not pool.page_locked} - self._unlocked
+        for reason in sorted(reasons):
+            self._unlocked.add(reason)
+            rate = self._pageable_rate()
+            cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
+            note = f"host memory is not page-locked ({reason}): copies are slower{cost}, and block a thread"
+            logger.warning("%s: %s", self.processor.name, note)
+            self.fallbacks.append(note)
+
+    def _pageable_rate(self) -> float | None:
+        """Bytes a second of copies from ordinary memory; None where the device's window has no room to try it in."""
+        nbytes = min(TRIAL_BYTES, self.device_window)
+        lease = self._arena.acquire(nbytes) if self._arena is not None else None
+        if lease is None:
+            return None
+        source, rates = torch.ones(nbytes, dtype=torch.uint8), []
+        for _ in range(TRIALS):
+            started = time.perf_counter()
+            self.processor.copy([(lease.bytes, source)], lease.after, urgent=True).wait()
+            rates.append(nbytes / (time.perf_counter() - started))
+        return max(rates)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """As Host.pools."""
+        return [*super().pools, *(pool for pool in list(self._moved.values()) if pool.base_address)]
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of weights that can be on their way at once; 0 where nothing streams."""
+        host = self.window.capacity if self.window is not None else 0
+        return host + (self._arena.capacity if self._arena is not None else 0)
+
+    @property
+    def device_window(self) -> int:
+        """Bytes of the window on the device."""
+        return self._arena.capacity if self._arena is not None else 0
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the device's window that hold a weight, or are being copied into."""
+        return self._arena.in_use if self._arena is not None else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of weights that have come to stay in host memory."""
+        return sum(weight.nbytes for weight in list(self._kept) if not weight.wants_residence)
+
+    def close(self) -> None:
+        """Drain every read and copy, and give the memory back as soon as the last tensor on it dies."""
+        super().close()
+        if self._copies is not None:
+            self._copies.close()
+        if self._arena is not None:
+            self._arena.close()
+        self._kept.clear()
+        for pool in self._moved.values():
+            pool.close()
+        self._moved.clear()
+        self.processor.close()
+
+    def release(self, weight: Weight) -> None:
+        """Find `weight` a place in host memory. That on the device is its own, and goes with the last tensor on it."""
+        nbytes = weight.layout.nbytes
+        if self.in_place(weight) or not self._has_spare(nbytes):
+            return
+        try:
+            with self.processor.current():
+                pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
+        except BudgetError as error:
+            self._spare.give(nbytes)
+            logger.warning("%r will stream from the drive: %s", weight.name, error)
+            return
+        weakref.finalize(pool, self._spare.give, nbytes).atexit = False
+        self._warn_of_pageable_memory([pool])
+
+    def _has_spare(self, nbytes: int) -> bool:
+        """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
+        for weight in [None, *(weight for weight in self._moved if weight.wants_residence)]:
+            if weight is not None:
+                self._kept.pop(weight, None)
+                del self._moved[weight]
+            if self._spare.take(nbytes):
+                return True
+        return False
+
+    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """See Device. What a conversion made, operators may read on any stream; of leases, their arenas take care."""
+        if weight.placed is None:
+            for stream in list(self._streams):
+                self.processor.used(tensor, stream)
+
+    def enter(self) -> None:
+        """The calling thread runs operators from now on."""
+        stream = self.processor.stream()
+        if stream not in self._streams:
+            self._streams.append(stream)
+
+    def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
+        """Give the device's window back and take another one. Nobody may use it; the host's memory stays as it is."""
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = None
+        self.reclaim()
+        self.generation += 1
+        self._arena = Arena(self.processor, window_bytes) if window_bytes else None
+
+    def reclaim(self) -> None:
+        """See Processor."""
+        self.processor.reclaim()
+
+    def free_memory(self) -> int:
+        """Bytes of the device that can be allocated now."""
+        return self.processor.memory()[0]
+
+    def in_place(self, weight: Weight) -> bool:
+        """Whether a fetch of `weight` would take no room in the host's window."""
+        return weight in self._moved or (self.residents is not None and self.residents.has(weight))
+
+    def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> LiftedFetch | None:
+        """Begin to bring `weight` to the device, or None when the host's window has no room within `timeout`.
+
+        The fetch goes on to the device once `lift` has found room for it there.
+        """
+        generation, in_place = self.generation, self.in_place(weight)
+        memory, request = self._kept.get(weight), None
+        if memory is None:
+            place = self._place(weight, timeout)
+            if place is None:
+                return None
+            memory, address = place
+            request = self.read(weight.layout, memory, address, urgent)
+            self.note(request, weight.name, "demand" if urgent else "prefetch")
+        fetch = LiftedFetch(
+            weight,
+            request,
+            memory,
+            partial(self._start_copy, weight, self._pool_of(weight), in_place and request is not None),
+            partial(self._tensor_of, weight),
+            self._follow,
+            in_place=in_place,
+            settles=weight.wants_residence,
+            generation=generation,
+        )
+        weight.fetch = weakref.ref(fetch)
+        return fetch
+
+    def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
+        """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
+        if weight not in self._moved and self.in_place(weight):
+            assert self.residents is not None
+            return self.residents.take(weight)
+        moved = self._moved.get(weight)
+        memory = (
+            self.window_room(weight, timeout)
+            if moved is None
+            else moved.acquire(weight.layout.nbytes, timeout)
+        )
+        return None if memory is None else (memory, memory.address)
+
+    def _pool_of(self, weight: Weight) -> Pool | None:
+        """The mapping that `weight` is read into."""
+        if weight in self._moved:
+            return self._moved[weight]
+        return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
+
+    def bring(self, weight: Weight) -> bool:
+        """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
+        if not self.in_place(weight) or weight.wants_residence:
+            return False
+        with self._bringing:  # who comes second finds it there
+            if weight not in self._kept:
+                place = self._place(weight, self.patience)
+                if place is None:
+                    return False
+                memory, address = place
+                request = self.read(weight.layout, memory, address, urgent=True)
+                self.note(request, weight.name, "demand")
+                request.wait()
+                self._kept[weight] = memory
+        return True
+
+    def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
+        """Find room on the device for `fetch`, from where on it goes there by itself; whether there was any.
+
+        A weight that was to stay, and has no memory for it, goes through the window from then on. Raises
+        OutOfMemoryError where it does not fit there either: not before memory is divided anew.
+        """
+        with fetch.lifting:
+            if fetch.lease is not None:
+                return True
+            weight = fetch.weight
+            nbytes = self._layout(weight).nbytes
+            lease = self._own_memory(nbytes) if fetch.settles else None
+            if lease is None:
+                arena = self._arena
+                if arena is None or nbytes > arena.capacity:
+                    raise OutOfMemoryError(
+                        f"{self.processor.name} tried to allocate {nbytes} bytes for {weight.name!r}, and the window "
+                        f"there holds {self.device_window}: end what else uses its memory"
+                    )
+                if fetch.settles:
+                    weight.wants_residence = fetch.settles = False
+                    self.refused_bytes = self._refusals.add(weight, nbytes, self.fallbacks)
+                lease = arena.acquire(nbytes, timeout)
+            if lease is None:
+                return False
+            fetch.lease = lease
+        if self._copies is not None:
+            self._copies.add(fetch)
+        return True
+
+    def _own_memory(self, nbytes: int) -> Lease | None:
+        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+        try:
+            own = Arena(self.processor, nbytes, self._streams)
+        except BudgetError:
+            return None
+        lease = own.acquire(nbytes)
+        own.close()
+        return lease
+
+    def shortage(self, weight: Weight) -> BudgetError:
+        """What to raise where `weight` waited for room in vain."""
+        host = self.window.in_use if self.window is not None else 0
+        return BudgetError(
+            f"{weight.name!r} needs {self._layout(weight).nbytes} bytes of the window on {self.processor.name}, but "
+            f"{self.in_use} of its {self.device_window} bytes (and {host} of the host's) are held by tensors still in "
+            "use (an operator that takes several weights, or views kept by the caller); raise max_memory by "
+            f"{weight.layout.nbytes} bytes"
+        )
+
+    def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """As Host.read_rows, on the device."""
+        if weight in self._moved:
+            self.bring(weight)
+        kept = self._kept.get(weight)
+        placed = weight.placed
+        if kept is not None and placed is not None:
+            table = view_of(kept, weight.layout.starts[0], placed)
+            return flagged(table[torch.tensor(rows)].to(self.torch_device), weight.requires_grad)
+        return flagged(super().read_rows(weight, rows).to(self.torch_device), weight.requires_grad)
+
+    def _layout(self, weight: Weight) -> Layout:
+        layout = self._layouts.get(weight)
+        if layout is None:
+            layout = device_layout(weight, residues=self.processor.keeps_residue)
+            self._layouts[weight] = layout
+        return layout
+
+    def _start_copy(
+        self, weight: Weight, pool: Pool | None, stays: bool, memory: Any, lease: Lease, urgent: bool
+    ) -> Event:
+        """Start to copy `weight` from `memory`; it stays there afterwards, or that goes back once it was copied."""
+        self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
+        if stays:
+            self._kept[weight] = memory
+        placements = placements_of(weight.provenance)
+        starts = zip(weight.layout.starts, self._layout(weight).starts, placements, strict=True)
+        moves = []
+        with torch.inference_mode(False), torch.no_grad():
+            for here, there, placed in starts:
+                if placed.nbytes:
+                    source = torch.frombuffer(memory, dtype=torch.uint8, count=placed.nbytes, offset=here)
+                    target = lease.bytes[there : there + placed.nbytes]
+                    moves += _at_slab_edges(target, source, pool)
+                    del source
+            event = self.processor.copy(moves, lease.after, urgent=urgent)
+        lease.copied(event)
+        sources = [memory, pool]  # the pool too: it counts as used until then
+        moves.clear()
+        if self._copies is not None:
+            self._copies.started(event, sources)
+        if self._recorder is not None:
+            self._recorder.copying(weight.name, event)
+        return event
+
+    def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
+        """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""
+        self.processor.follow(event)
+        self.enter()
+        stream = self.processor.stream()
+        lease.used_on(stream)
+        if made is not None:
+            self.processor.used(made, stream)
+
+    def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
+        """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""
+        provenance, starts, placements = (
+            weight.provenance,
+            self._layout(weight).starts,
+            placements_of(weight.provenance),
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = [_tensor(lease.bytes, *place) for place in zip(starts, placements, strict=True)]
+            if isinstance(provenance, Placed):
+                return flagged(tensors[0], weight.requires_grad), None
+            leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
+            value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
+            return flagged(value, weight.requires_grad), self.processor.fence(self.processor.stream())
+
+
+def _at_slab_edges(
+    target: torch.Tensor, source: torch.Tensor, pool: Pool | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The copy in parts: each slab of a pool is a registration of its own with the driver (see Pool)."""
+    if pool is None:
+        return [(target, source)]
+    step = pool.slab_bytes
+    edge = step - (source.data_ptr() - pool.base_address) % step
+    cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
+    return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
+
+
+class Spare:
+    """Bytes of the host's budget that nothing has been planned for. Any thread may call any method."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left = nbytes
+        self._lock = threading.RLock()  # a finalizer may call give() inside a method here
+
+    def take(self, nbytes: int) -> bool:
+        """Take them, if they are there."""
+        with self._lock:
+            if nbytes > self._left:
+                return False
+            self._left -= nbytes
+            return True
+
+    def give(self, nbytes: int) -> None:
+        """Give them back."""
+        with self._lock:
+            self._left += nbytes
+
+
+def _tensor(memory: torch.Tensor, start: int, placed: Placed) -> torch.Tensor:
+    return memory[start : start + placed.nbytes].view(placed.dtype).view(placed.shape)
+
+
+def _tell(device: weakref.ref[AttachedDevice]) -> None:
+    """Room came free on the host."""
+    owner = device()
+    listener = owner.on_room() if owner is not None and owner.on_room is not None else None
+    if listener is not None:
+        listener()
+
+
+def _end(copies: Copies, processor: Processor) -> None:
+    copies.close()
+    processor.close()

@@ -1,0 +1,116 @@
+"""A device opened for a model: what its weights run on, and how the memory there is divided among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zinfer.budgets import device_budget, place_on_host, tiers_within
+from zinfer.device.attached import AttachedDevice
+from zinfer.device.cpu import CpuDevice
+from zinfer.device.device import Device
+from zinfer.device.processor import Processor
+from zinfer.parts import Account, Held, Parts, PartsOnDevice
+from zinfer.planner.placement import Footprint, Placement
+from zinfer.timeline.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who computes, None for the CPU, and the ceilings that the user set on host and device, in bytes.
+
+    `kv_offload`: key-value caches are to be in the host's memory.
+    """
+
+    processor: Processor | None = None
+    host: int | None = None
+    device: int | None = None
+    kv_offload: bool = False
+
+
+@dataclass
+class Opened:
+    """A device with memory for a model's weights, what each takes there, and how it is divided: see Streaming."""
+
+    device: Device
+    footprints: list[Footprint]
+    placement: Placement
+    account: Account
+    host: Account | None = None
+
+
+def open_cpu(
+    parts: Parts, held: Sequence[Held], offload: str, paths: list[str], free: int, recorder: Recorder | None
+) -> Opened:
+    """The CPU, which computes in host memory. `free`: what of that there is, less headroom. Raises BudgetError."""
+    placement = place_on_host(parts, held, offload)
+    for index in placement.residents:
+        parts.weights[index].wants_residence = True
+    residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
+    in_memory = offload in ("cpu", "none")
+    device = CpuDevice(
+        paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
+    )
+    account = Account(
+        ceiling=parts.budget,
+        free=free,
+        residents=placement.resident_bytes,
+        window=placement.window_bytes,
+        conversions=placement.transient_bytes,
+        small=parts.small_bytes,
+        bounce=parts.bounce,
+        key="cpu",
+    )
+    return Opened(device, parts.footprints, placement, account)
+
+
+def open_attached(
+    parts: Parts,
+    offload: str,
+    paths: list[str],
+    free: int,
+    recorder: Recorder | None,
+    processor: Processor,
+    target: Target,
+) -> Opened:
+    """`processor`, with a tier of its own, one in host memory, and the drive. Raises BudgetError."""
+    budget = device_budget(processor, target.device)
+    there = PartsOnDevice(parts, processor.allocated)
+    tiers = tiers_within(parts, there, offload, budget, processor, kv_offload=target.kv_offload)
+    for index in tiers.device:
+        parts.weights[index].wants_residence = True
+    processor.limit(budget)
+    planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
+    device = AttachedDevice(
+        processor,
+        paths,
+        [parts.weights[index] for index in sorted(tiers.host)],
+        tiers.host_window,
+        tiers.device_window,
+        parts.bounce,
+        spare=0 if target.kv_offload else max(parts.budget - planned, 0),  # caches are to have it
+        recorder=recorder,
+    )
+    placement = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
+    on_device = Account(
+        ceiling=budget,
+        free=budget,
+        residents=tiers.device_bytes,
+        window=tiers.device_window,
+        conversions=tiers.device_conversions,
+        small=there.small_bytes,
+        bounce=0,
+        key=processor.torch_device.index or 0,
+        overhead=processor.overhead,
+    )
+    on_host = Account(
+        ceiling=parts.budget,
+        free=free,
+        residents=tiers.host_bytes,
+        window=tiers.host_window,
+        conversions=tiers.conversions,
+        small=0,
+        bounce=parts.bounce,
+        key="cpu",
+    )
+    return Opened(device, there.footprints, placement, on_device, on_host)

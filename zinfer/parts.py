@@ -1,0 +1,200 @@
+"""What a model's tensors are to zinfer: which are small and kept, which are weights, and what each of those costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from zinfer.device.host import bounce_bytes
+from zinfer.device.processor import ALIGNMENT
+from zinfer.planner.placement import Footprint, all_resident, smallest
+from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
+from zinfer.weights.loading import parameter_slots
+from zinfer.weights.lowering import Placed, Provenance, provenance_of
+from zinfer.weights.symbolic import SymbolicTensor
+from zinfer.weights.weight import Weight
+
+SMALL_BYTES = 1 << 20  # a tensor below this is read once and kept: streaming it costs more than it saves
+SMALL_SHARE = 1024  # ... unless the budget itself is small: then below budget / SMALL_SHARE
+# Modules that torch runs as one operator over several matrices, or through a fused kernel that it only takes for
+# plain parameters: their own weights are kept in memory.
+ONE_OPERATOR = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass
+class Slot:
+    """A place in the model that holds a symbolic tensor: `owner._parameters[attribute]`, or a buffer."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+    is_parameter: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is there."""
+        table = self.owner._parameters if self.is_parameter else self.owner._buffers
+        return table[self.attribute]  # type: ignore[return-value]
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Put `tensor` there."""
+        if isinstance(self.owner, nn.RNNBase) and isinstance(tensor, nn.Parameter):
+            setattr(self.owner, self.attribute, tensor)  # it keeps a list of its weights besides
+            return
+        table = self.owner._parameters if self.is_parameter else self.owner._buffers
+        table[self.attribute] = tensor  # type: ignore[assignment]
+
+
+@dataclass
+class Held:
+    """One distinct symbolic tensor, all the slots tied to it, and how to get its bytes."""
+
+    tensor: SymbolicTensor
+    slots: list[Slot]
+    provenance: Provenance
+    in_one_operator: bool  # owned by, or below, a module in ONE_OPERATOR
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.numel() * self.tensor.dtype.itemsize
+
+    def stays(self, threshold: int) -> bool:
+        """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
+
+        Vectors stay whatever their size, so that an operator never needs a streamed matrix and its bias at once;
+        so do those of the modules in ONE_OPERATOR.
+        """
+        vector = sum(size > 1 for size in self.tensor.shape) < 2
+        return self.nbytes < threshold or vector or self.in_one_operator or not self.slots[0].is_parameter
+
+
+class Parts:
+    """What a budget of `budget` bytes makes of the tensors `held`: which are small and kept, which are weights."""
+
+    def __init__(self, held: Sequence[Held], budget: int, allocated: bool) -> None:
+        threshold = min(SMALL_BYTES, budget // SMALL_SHARE)
+        self.budget = budget
+        self.allocated = allocated
+        self.small = [item for item in held if item.stays(threshold)]
+        self.large = [item for item in held if not item.stays(threshold)]
+        self.weights = [_weight(item, allocated) for item in self.large]
+        self.footprints = [_footprint(weight) for weight in self.weights]
+        self.bounce = bounce_bytes(budget)
+        self.small_bytes = _small_bytes(self.small)
+        self.fixed = self.small_bytes + self.bounce
+
+    def needed(self, offload: str) -> int:
+        """The fewest bytes that hold what this division keeps in memory at once."""
+        if not self.footprints:
+            return self.fixed
+        least = all_resident if offload in ("cpu", "none") else smallest
+        return self.fixed + least(self.footprints)
+
+
+class PartsOnDevice:
+    """What Parts take on a device with memory of its own, where a block of n bytes takes `allocated(n)`.
+
+    Each resident is a block, and so is each result of a conversion.
+    """
+
+    def __init__(self, parts: Parts, allocated: Callable[[int], int]) -> None:
+        self.footprints = [
+            replace(
+                footprint,
+                resident=allocated(footprint.resident),
+                transient=2 * allocated(footprint.transient // 2) if footprint.transient else 0,
+            )
+            for footprint in parts.footprints
+        ]
+        self.small_bytes = sum(round_up(allocated(item.nbytes), ALIGNMENT) for item in parts.small)
+
+    def needed(self, offload: str) -> int:
+        """The fewest bytes that hold what has to be on the device at once."""
+        if not self.footprints:
+            return self.small_bytes
+        least = all_resident if offload == "none" else smallest
+        return self.small_bytes + least(self.footprints)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where the budget of a tier went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
+
+    `free` is what the tier had when the plan was made, less headroom: those and activations have to fit there.
+    The user sets it as max_memory[`key`]; of what is given there, `overhead` is not in the ceiling.
+    """
+
+    ceiling: int
+    free: int
+    residents: int
+    window: int
+    conversions: int
+    small: int
+    bounce: int
+    key: int | str
+    overhead: int = 0
+
+    @property
+    def option(self) -> str:
+        """What the user calls the ceiling."""
+        return f"max_memory[{self.key!r}]"
+
+    def given(self, ceiling: int) -> int:
+        """What the user has to give for a ceiling of so many bytes."""
+        return ceiling + self.overhead
+
+
+def gather(model: nn.Module) -> list[Held]:
+    """Every distinct symbolic tensor of `model`, in registration order, with all slots tied to it."""
+    held: dict[int, Held] = {}
+    single = {
+        part for module in model.modules() if isinstance(module, ONE_OPERATOR) for part in module.modules()
+    }
+    for owner, attribute, name, tensor, is_parameter in parameter_slots(model):
+        if isinstance(tensor, SymbolicTensor):
+            if id(tensor) not in held:
+                held[id(tensor)] = Held(tensor, [], provenance_of(tensor.expression), owner in single)
+            held[id(tensor)].slots.append(Slot(owner, attribute, name, is_parameter))
+    return list(held.values())
+
+
+def _weight(item: Held, allocated: bool) -> Weight:
+    tensor = item.tensor
+    rows_only = all(isinstance(slot.owner, nn.Embedding) for slot in item.slots) and isinstance(
+        item.provenance, Placed
+    )
+    return Weight(
+        item.slots[0].name,
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        item.provenance,
+        rows_only=rows_only,
+        allocated=allocated,
+        requires_grad=tensor.requires_grad,
+    )
+
+
+def _footprint(weight: Weight) -> Footprint:
+    if weight.placed is not None:
+        return Footprint(weight.layout.nbytes, weight.layout.nbytes, rows_only=weight.rows_only)
+    # A replay holds, besides the leaves in the window, its result and at worst one intermediate copy.
+    return Footprint(round_up(weight.nbytes), weight.layout.nbytes, transient=2 * round_up(weight.nbytes))
+
+
+def _small_bytes(small: Sequence[Held]) -> int:
+    return lay_out([p for item in small for p in placements_of(item.provenance)], unit=VECTOR).nbytes
+
+
+def least_budget(parts: Parts, held: Sequence[Held], offload: str) -> int:
+    """The fewest bytes that `held` needs; where that is more than parts.budget, the smallest budget that works."""
+    needed = parts.needed(offload)
+    if needed > parts.budget:
+        # A larger budget keeps more tensors and has larger buffers: go up until one fits what it keeps.
+        while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
+            needed = more
+    return needed
