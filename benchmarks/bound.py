@@ -106,14 +106,20 @@ class Point:
 
     @property
     def read(self) -> float:
-        """Bytes that the process read a token, over all counted ones: what one reads ahead, the next does not."""
-        assert self.run.outcome.decode is not None
-        return self.run.outcome.decode.process.read / len(self.run.outcome.tokens_each)
+        """Bytes that the process read for a token: all of them from one rest to the next.
+
+        What lay read ahead at the second rest, and not at the first, is a later token's.
+        """
+        outcome = self.run.outcome
+        assert outcome.rested is not None
+        first, second = (count or 0 for count in outcome.read_ahead)
+        return (outcome.rested.process.read - (second - first)) / len(outcome.resident_each)
 
     @property
     def read_ratio(self) -> float:
-        """Bytes read a token over W - R, the pages of the rows looked up included."""
-        return self.read / (self.streamed + ROW_EDGES * self.cell.batch)
+        """Bytes read a token over W - R, the pages of the rows looked up included; R as it was at each token."""
+        streamed = fmean(max(0, self.swept - (count or 0)) for count in self.run.outcome.resident_each)
+        return self.read / (streamed + ROW_EDGES * self.cell.batch)
 
     @property
     def first_ratio(self) -> float:

@@ -29,6 +29,8 @@ from zinfer.hardware_probe import this_machine
 from zinfer.planner.hardware import Hardware
 from zinfer.planner.memory import parse_size
 
+SETTLING = 1  # tokens: what is to stay does after its second sweep
+
 
 def measured_now(checkpoint: str) -> Hardware:
     """This machine as the planner knows it, measured anew: what is kept may be of another day."""
@@ -98,7 +100,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def new_tokens(options: argparse.Namespace, batch: int) -> int:
     """Tokens that each sequence of a batch of this size gets."""
-    return int(options.counted[options.batches.index(batch)]) + UNCOUNTED
+    return int(options.counted[options.batches.index(batch)]) + UNCOUNTED + SETTLING
 
 
 @dataclass
@@ -201,6 +203,7 @@ class Sweep:
             cores(),
             batch=batch,
             probe_seconds=0,
+            settling=SETTLING,
         )
 
 

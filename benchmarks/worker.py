@@ -1,9 +1,10 @@
 """One tool decoding one model, in a process of its own; the benchmarks start it and read its JSON.
 
-Every tool runs through the same loop: load, first token (prefill), a pause in which the drive's own rate
-is measured, one token that is not counted (it finds a window filled during the pause), the counted
-tokens, and the drive's rate again. The measuring is the parent's (see bench.py): it must not use memory of
-the tool's group. This module runs in the venvs of all tools, so it imports none of them and not zinfer.
+Every tool runs through the same loop: load, first token (prefill), tokens in which it settles (none unless asked
+for), a pause in which the drive's own rate is measured, one token that is not counted (it finds a window filled
+during the pause), the counted tokens, and the drive's rate again. The measuring is the parent's (see bench.py): it
+must not use memory of the tool's group. This module runs in the venvs of all tools, so it imports none of them and
+not zinfer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.neighbours import own_cpu_seconds
 from benchmarks.spans import Clock, Phase
 from benchmarks.tools import Session
 
-UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause
+UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause; those in which a tool settles come on top
 SETTLED_SECONDS = 0.2  # without a byte read and next to no CPU used, the tool's look-ahead has come to rest
 SETTLED_CPU = 0.1  # cores
 SETTLE_LIMIT = 20.0
@@ -44,7 +45,8 @@ class Task:
     `rows`. `scratch`: a folder on the checkpoint's drive, for the tool's files. `converted`: the tool's own copy
     of the weights. `max_memory`: zinfer's budget in bytes, None for its default. `probe_seconds`: how long the
     parent measures the drive, before and after the counted tokens; 0: not at all. `probe_bytes`: memory that it
-    reads into when it measures a second time; 0: no second time.
+    reads into when it measures a second time; 0: no second time. `settling`: tokens between prefill and pause, in which
+    residents come to stay.
     """
 
     tool: str
@@ -59,6 +61,7 @@ class Task:
     max_memory: int | None = None
     probe_seconds: float = 1.0
     probe_bytes: int = 0
+    settling: int = 0
 
     @property
     def rows(self) -> list[list[int]]:
@@ -87,7 +90,8 @@ class Outcome:
     process's start to there. `tokens_each` are the counted tokens; `tokens` the ids of a step, row by row, step
     after step. `probes`, `probe_rates` and, of reads into the task's `probe_bytes`, `memory_rates` are filled in by
     the parent. `engine_first_token` is the tool's own count of bytes for `first_token`, `resident` is weights in
-    memory for good (zinfer only).
+    memory for good (zinfer only), `resident_each` the same after each token from the first pause on. `rested` is from
+    the end of the first pause to the rest before the second, when the tool had read ahead what `read_ahead` says.
     """
 
     tool: str
@@ -104,6 +108,9 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
     process_peak: int = 0
     resident: int | None = None
+    resident_each: list[int | None] = field(default_factory=list)
+    rested: Phase | None = None
+    read_ahead: list[int | None] = field(default_factory=list)
     engine_first_token: int | None = None
     report: dict[str, Any] | None = None
 
@@ -135,8 +142,8 @@ class Pauses:
         """Appears when the drive has been measured."""
         return Path(f"{out}.resume-{number}")
 
-    def take(self) -> None:
-        """Wait until this process reads nothing and its threads rest, then until the parent has measured."""
+    def rest(self) -> None:
+        """Wait until this process reads nothing and its threads rest."""
         deadline = time.monotonic() + SETTLE_LIMIT
         resting = False
         while not resting and time.monotonic() < deadline:
@@ -144,6 +151,9 @@ class Pauses:
             time.sleep(SETTLED_SECONDS)
             used = own_cpu_seconds() - used
             resting = process_traffic().read == read and used < SETTLED_CPU * SETTLED_SECONDS
+
+    def take(self) -> None:
+        """Wait until the parent has measured."""
         self.asked(self._out, self._number).touch()
         while not self.answered(self._out, self._number).exists():
             if os.getppid() != self._parent:
@@ -187,15 +197,26 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
     last = step(task.rows)
     outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
     outcome.engine_first_token = session.engine_bytes
+    for _ in range(task.settling):
+        last = step(last)
     if pauses:
+        pauses.rest()
         pauses.take()
+    rested = Clock(clock.drive)
+    outcome.read_ahead.append(session.read_ahead)
     last = step(last)
+    outcome.resident_each.append(session.resident)
     whole = Clock(clock.drive)
-    for _ in range(task.new_tokens - UNCOUNTED):
+    for _ in range(task.new_tokens - UNCOUNTED - task.settling):
         clock.restart()
         last = step(last)
         outcome.tokens_each.append(clock.span())
+        outcome.resident_each.append(session.resident)
     outcome.decode = whole.span()
+    if pauses:
+        pauses.rest()
+    outcome.rested = rested.span()
+    outcome.read_ahead.append(session.read_ahead)
     if pauses:
         pauses.take()
 
@@ -212,7 +233,7 @@ def read_outcome(path: str) -> Outcome:
 
     for key in ("tokens_each", "probes"):
         fields[key] = [phase(value) for value in fields[key]]
-    return Outcome(**{**fields, **{key: phase(fields[key]) for key in ("first_token", "decode")}})
+    return Outcome(**{**fields, **{key: phase(fields[key]) for key in ("first_token", "decode", "rested")}})
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -166,6 +166,11 @@ class Runtime:
         return count
 
     @property
+    def read_ahead_bytes(self) -> int:
+        """Bytes of weights that have been read, or are being read, for operators still to come."""
+        return self._streaming.coordinator.read_ahead_bytes
+
+    @property
     def sweep_bytes(self) -> int:
         """Bytes that a sweep is expected to read once the residents are loaded."""
         device = self._streaming.coordinator.device

@@ -26,6 +26,16 @@ class Session(ABC):
         """Bytes that the tool itself says it has read; None where it does not tell."""
         return None
 
+    @property
+    def resident(self) -> int | None:
+        """Bytes of weights in memory for good at this moment; None where it does not tell."""
+        return None
+
+    @property
+    def read_ahead(self) -> int | None:
+        """Bytes of weights read, or on their way, for operators still to come; None where it does not tell."""
+        return None
+
     def close(self) -> dict[str, Any] | None:
         """Give up what outlives the process; the tool's own report, where it makes one."""
         return None

@@ -22,6 +22,16 @@ class ZinferSession(GreedySession):
         """What its I/O engine has read."""
         return int(self.model.zinfer.bytes_read)
 
+    @property
+    def resident(self) -> int | None:
+        """What stays by now."""
+        return int(self.model.zinfer.resident_bytes)
+
+    @property
+    def read_ahead(self) -> int | None:
+        """What its look-ahead has in the window, and on the way."""
+        return int(self.model.zinfer.read_ahead_bytes)
+
     def close(self) -> dict[str, Any] | None:
         """Its report, and the bytes of the key-value cache in the end."""
         report: dict[str, Any] = self.model.zinfer.report().as_dict()

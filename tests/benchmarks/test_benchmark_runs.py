@@ -17,7 +17,7 @@ from benchmarks.bench import PauseHost, RunFailed, tried_twice
 from benchmarks.drive import drive_of
 from benchmarks.tools.accelerate import disk_map
 from benchmarks.turns import Turns, take_turns
-from benchmarks.worker import Task
+from benchmarks.worker import UNCOUNTED, Task
 from tests.benchmarks.runs import USAGE, a_run
 from tests.planner.machines import cpu
 from zinfer.synth import synthesise
@@ -147,7 +147,7 @@ def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatc
     runs = result["rounds"][0]["cells"]
     assert list(runs) == ["60 %, batch 1", "120 %, batch 1", "60 %, batch 3", "120 %, batch 3"]
     outcome = runs["60 %, batch 3"]["outcome"]
-    assert len(outcome["tokens"]) == 5 * 3
+    assert len(outcome["tokens"]) == (3 + UNCOUNTED + sweep.SETTLING) * 3
     assert len(outcome["probe_rates"]) == len(outcome["memory_rates"]) == 2
     assert len(outcome["tokens_each"]) == 3
     in_memory = result["rounds"][0]["in_memory"]["3"]["outcome"]["report"]
@@ -158,6 +158,12 @@ def test_the_sweep_holds_every_cell_against_its_bound(tiny, tmp_path, monkeypatc
         # A weight, a tenth of this model, may be read ahead for the next token or not.
         assert streamed * 0.8 < token["process"]["read"] < streamed * 1.2 + bound.ROW_EDGES * 3
     assert runs["120 %, batch 3"]["outcome"]["resident"] > outcome["resident"]
+    assert outcome["resident_each"] == [outcome["resident"]] * 4
+    ahead = outcome["read_ahead"]
+    read = outcome["rested"]["process"]["read"] - (ahead[1] - ahead[0])
+    assert 0.99 * streamed < read / 4 < 1.05 * streamed + bound.ROW_EDGES * 3, (
+        "pages that weights share count twice"
+    )
 
 
 def test_the_sweep_asks_the_planner_for_each_cell(monkeypatch):

@@ -22,7 +22,9 @@ WINDOW = GB // 4
 REPORT = {"window_bytes": WINDOW, "small_bytes": 0, "bounce_bytes": 0, "conversion_bytes": 0}
 
 
-def a_run(seconds, read=0, resident=None, foreign_cpu=0.0, first=8 * GB, report=None):
+def a_run(
+    seconds, read=0, resident=None, foreign_cpu=0.0, first=8 * GB, report=None, ahead=(0, 0), rested=None
+):
     outcome = Outcome(
         "zinfer",
         first_token=span(3.0, first),
@@ -31,6 +33,9 @@ def a_run(seconds, read=0, resident=None, foreign_cpu=0.0, first=8 * GB, report=
         probe_rates=[5 * GB, 5 * GB],
         memory_rates=[3 * GB, 5 * GB],
         resident=resident,
+        resident_each=[resident] * 4,
+        rested=span(4 * seconds, 4 * read if rested is None else rested),
+        read_ahead=list(ahead),
         report=report,
     )
     return Run(outcome, USAGE)
@@ -107,10 +112,18 @@ def test_bytes_read_twice_and_budgets_left_empty_or_exceeded_are_misses():
     assert not required({HALF: [a_point(resident=4 * GB - WINDOW, cache=1)]})[names[2]].met
 
 
-def test_bytes_of_a_token_are_the_mean_as_a_token_may_read_ahead_for_the_next():
-    run = a_run(1.0, 4 * GB)
-    run.outcome.tokens_each[0] = span(1.0, 5 * GB)
+def test_what_is_read_ahead_counts_for_the_token_that_needs_it():
+    run = a_run(1.0, resident=0, ahead=(GB, 3 * GB), rested=4 * 4 * GB + 2 * GB)
     assert Point(HALF, run, run).read == 4 * GB
+    run = a_run(1.0, resident=0, ahead=(GB, GB), rested=4 * 4 * GB + 2 * GB)
+    assert Point(HALF, run, run).read == 4.5 * GB
+
+
+def test_bytes_are_held_against_what_was_resident_at_each_token():
+    point = a_point(resident=4 * GB, read=4 * GB)
+    assert point.read_ratio == pytest.approx(1.0, abs=1e-5)
+    point.run.outcome.resident_each[:2] = [5 * GB] * 2  # left while caches grew: the end alone would flatter
+    assert point.read_ratio == pytest.approx(4 / 3.5, abs=1e-5)
 
 
 def test_the_first_token_may_read_a_little_for_the_second_but_not_a_window():

@@ -61,6 +61,18 @@ def test_what_was_read_ahead_is_not_read_again():
     assert (scene.coordinator.counters.misses, scene.coordinator.counters.hits) == (1, 3)
 
 
+def test_what_lies_ahead_is_told_in_bytes():
+    scene = Scene("abcdefgh", window=4 * SIZE)
+    assert scene.coordinator.read_ahead_bytes == 0
+    scene.use("a")
+    assert scene.device.names(urgent=False) == "bcd"
+    assert scene.coordinator.read_ahead_bytes == 3 * SIZE
+    scene.use("b")
+    assert scene.coordinator.read_ahead_bytes == 3 * SIZE
+    scene.coordinator.drop_ahead()
+    assert scene.coordinator.read_ahead_bytes == 0
+
+
 def test_look_ahead_goes_on_across_the_end_of_a_sweep():
     scene = Scene("abcd", window=3 * SIZE)
     scene.use("abcd" * 3)

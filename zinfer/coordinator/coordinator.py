@@ -157,6 +157,12 @@ class Coordinator:
         reliever = self.reliever() if self.reliever is not None else None
         return ShortageError(words) if reliever is None else reliever.exhausted(weight.name, words)
 
+    @property
+    def read_ahead_bytes(self) -> int:
+        """Bytes of weights that were read for operators still to come, or are on their way."""
+        with self._lock:
+            return sum(reader.ahead_bytes for reader in list(self._readers))
+
     def drop_ahead(self) -> None:
         """Drop everything that was read ahead, and uses held beyond their operator."""
         with self._lock:

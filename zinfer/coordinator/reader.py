@@ -65,7 +65,7 @@ class Reader:
         """
         if self._last is None:
             return
-        ahead = sum(fetch.weight.layout.nbytes for fetch in self.queue)
+        ahead = self.ahead_bytes
         before, last = self._tail()
         seen = self._seen or ()
         beyond = sum(fetch.weight.layout.nbytes for fetch in self.queue if fetch.weight in seen)
@@ -94,6 +94,11 @@ class Reader:
         for fetch in self.queue:
             if not fetch.lifted and not lift(fetch):
                 break
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of what is read ahead, or on its way."""
+        return sum(fetch.weight.layout.nbytes for fetch in self.queue)
 
     def _tail(self) -> tuple[Weight | None, Weight]:
         assert self._last is not None
