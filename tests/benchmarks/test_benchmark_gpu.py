@@ -33,7 +33,7 @@ from benchmarks.gpu_process import PartProcess, State, ends, started
 from benchmarks.gpu_runs import Shape, fitting_layers, prefill
 from benchmarks.gpu_tests import GpuTests
 from tests import conftest
-from zinfer import device_probe, hardware_probe
+from tests.planner.machines import measure_quickly
 from zinfer.timeline.events import COPIES, SWEEPS, Span, Timeline
 
 GB = 10**9
@@ -83,13 +83,7 @@ class Inside:
 @pytest.fixture
 def quick(monkeypatch):
     """What zinfer measures of this machine takes next to no time."""
-    for module in (hardware_probe, device_probe):
-        monkeypatch.setattr(module, "SECONDS", 0.002)
-        monkeypatch.setattr(module, "ROWS", (1, 8))
-        monkeypatch.setattr(module, "WIDTH", 512)
-        monkeypatch.setattr(module, "WORKING_SET", 4 << 20)
-    monkeypatch.setattr(hardware_probe, "BEYOND", 0)
-    monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
+    measure_quickly(monkeypatch)
 
 
 def test_the_whole_runs_on_the_staged_device(tmp_path, capsys, monkeypatch, quick):
