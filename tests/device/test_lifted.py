@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -274,20 +277,39 @@ def test_what_a_conversion_made_is_kept_for_every_stream_that_it_is_given_to(fol
         del fetch, tensor
 
 
-def test_a_resident_that_a_conversion_made_leaves_when_all_streams_are_done(folder, total, nothing_left):
+def leave(model: Any, weights: list[Any]) -> None:
+    model.zinfer._streaming.coordinator.change_residents(weights, [], model.zinfer._streaming.unsettle)
+
+
+def close(model: Any, weights: list[Any]) -> None:
+    model.zinfer.close()
+
+
+def drop(model: Any, weights: list[Any]) -> None:
+    """Nothing: the caller's own reference was the last."""
+
+
+@pytest.mark.parametrize("end", [leave, close, drop])
+def test_a_resident_that_a_conversion_made_dies_when_all_streams_are_done(folder, total, end, nothing_left):
     processor = OneStreamAThread()
-    with run_within(folder, processor, 4 * total, 2 * total, offload="nvme", dtype="bfloat16") as model:
-        model(IDS)
-        on_thread("second", lambda: model(IDS))
-        streaming = model.zinfer._streaming
-        weight = next(w for w in streaming.weights if w.resident is not None and w.placed is None)
-        address = weight.resident.data_ptr()
-        processor.told.clear()
-        streaming.coordinator.change_residents([weight], [], streaming.unsettle)
-        assert weight.resident is None
-        assert sorted(processor.told) == sorted(
-            (address, name) for name in (threading.current_thread().name, "second")
-        )
+    model = run_within(folder, processor, 4 * total, 2 * total, offload="nvme", dtype="bfloat16")
+    for name in ("first", "second"):
+        on_thread(name, partial(model, IDS))
+    weights = [w for w in model.zinfer._streaming.weights if w.resident is not None and w.placed is None]
+    assert weights, "nothing was converted: the test proves nothing"
+    died: dict[int, set[str]] = {}
+
+    def note(address: int) -> None:  # from here on torch may give its memory away
+        died[address] = {stream for where, stream in processor.told if where == address}
+
+    for weight in weights:
+        weakref.finalize(weight.resident.untyped_storage(), note, weight.resident.data_ptr()).atexit = False
+    count = len(weights)
+    end(model, weights)
+    del model, weights, weight
+    gc.collect()
+    assert len(died) == count, "a resident lives on: the test proves nothing"
+    assert all(streams >= {"first", "second"} for streams in died.values())
 
 
 class Chosen(StagedProcessor):

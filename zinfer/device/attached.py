@@ -20,6 +20,7 @@ from zinfer.device.host import Host, flagged, view_of, why_pageable
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.device.refusals import Refusals
+from zinfer.device.streams import Streams
 from zinfer.errors import BudgetError, OutOfMemoryError
 from zinfer.pinned import Pool
 from zinfer.timeline.recorder import Recorder
@@ -72,7 +73,7 @@ class AttachedDevice(Host):
         self._bringing = threading.RLock()
         self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
         self._refusals = Refusals(processor.name)
-        self._streams: list[Any] = []  # that operators run on, as far as is known
+        self._streams = Streams(processor)
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
@@ -178,17 +179,9 @@ class AttachedDevice(Host):
                 return True
         return False
 
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """See Device. What a conversion made, operators may read on any stream; of leases, their arenas take care."""
-        if weight.placed is None:
-            for stream in list(self._streams):
-                self.processor.used(tensor, stream)
-
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
-        stream = self.processor.stream()
-        if stream not in self._streams:
-            self._streams.append(stream)
+        self._streams.enter()
 
     def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
         """Give the device's window back and take another one. Nobody may use it; the host's memory stays as it is."""
@@ -307,7 +300,7 @@ class AttachedDevice(Host):
     def _own_memory(self, nbytes: int) -> Lease | None:
         """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
         try:
-            own = Arena(self.processor, nbytes, self._streams)
+            own = Arena(self.processor, nbytes, self._streams.known)
         except BudgetError:
             return None
         lease = own.acquire(nbytes)
@@ -372,13 +365,12 @@ class AttachedDevice(Host):
     def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
         """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""
         self.processor.follow(event)
-        self.enter()
-        stream = self.processor.stream()
+        stream = self._streams.enter()
         lease.used_on(stream)
         if made is not None:
             self.processor.used(made, stream)
 
-    def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
+    def _tensor_of(self, weight: Weight, lease: Lease, settles: bool) -> tuple[torch.Tensor, Event | None]:
         """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""
         provenance, starts, placements = (
             weight.provenance,
@@ -391,7 +383,12 @@ class AttachedDevice(Host):
                 return flagged(tensors[0], weight.requires_grad), None
             leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
             value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
-            return flagged(value, weight.requires_grad), self.processor.fence(self.processor.stream())
+            made = flagged(value, weight.requires_grad)
+            if (
+                settles
+            ):  # a plain parameter then, which nobody hands to the streams; of leases, arenas take care
+                self._streams.share(made)
+            return made, self.processor.fence(self.processor.stream())
 
 
 def _at_slab_edges(

@@ -91,9 +91,6 @@ class Device(Protocol):
     def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
         """Small tensors, read at once."""
 
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """`tensor`, which `weight` was while it was resident, may die now."""
-
     def release(self, weight: Weight) -> None:
         """`weight` is to be resident no more."""
 

@@ -113,9 +113,6 @@ class Host:
         if self.window is not None:
             self.window.close()
 
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """Nothing: operators have run when they return."""
-
     def reclaim(self) -> None:
         """Nothing: what is given back here goes to the kernel at once."""
 
