@@ -20,6 +20,7 @@ from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
 from zinfer.device import attached, host, residents
 from zinfer.device.attached import _at_slab_edges
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_offload import space
 from zinfer.pinned import Pool
@@ -227,6 +228,58 @@ def test_memory_that_cannot_be_page_locked_is_told_with_what_it_costs(folder, to
         assert re.search(r"at [0-9.]+ GB/s here", note)
         assert note in caplog.text
         assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be page-locked here")
+def test_memory_for_caches_that_cannot_be_page_locked_is_told_too_and_once(
+    folder, total, caplog, nothing_left
+):
+    options = {"offload": "nvme", "kv_offload": "cpu"}
+    with run_within(folder, Unlockable(MEMORY), total // 2, 4 * total, **options) as model:
+        cache = model(IDS[:1, :2], use_cache=True).past_key_values
+        pools = len(model.zinfer.caches._space._pools)
+        more = model(torch.arange(200).reshape(20, 10), use_cache=True).past_key_values
+        assert len(model.zinfer.caches._space._pools) > pools > 0, "one pool: the test proves nothing"
+        report = model.zinfer.report()
+        weights, caches = [line for line in report.fallbacks if "page-locked" in line]
+        assert weights.startswith("host memory is not page-locked")
+        assert re.fullmatch(
+            r"memory for key-value caches is not page-locked \(.+\): copies .* at [0-9.]+ GB/s here.*", caches
+        )
+        assert caches in str(report) and caches in report.as_dict()["fallbacks"]
+        assert caplog.text.count(caches) == 1
+        del cache, more
+
+
+class Locked(Pool):
+    """Says that it is page-locked."""
+
+    page_locked = True
+
+
+def test_what_copies_of_caches_cost_is_measured_where_only_their_memory_is_refused(
+    folder, total, monkeypatch, nothing_left
+):
+    for module in (attached, host, residents):
+        monkeypatch.setattr(module, "Pool", Locked)
+    options = {"offload": "nvme", "kv_offload": "cpu"}
+    with run_within(folder, Unlockable(MEMORY), 16 << 20, 4 * total, **options) as model:
+        assert not [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+        cache = model(IDS, use_cache=True).past_key_values
+        (note,) = [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+        assert "key-value caches" in note and re.search(r"at [0-9.]+ GB/s here", note)
+        del cache
+
+
+@pytest.mark.parametrize(("left", "told"), [(4 << 20, True), (1000, False)])
+def test_the_cost_is_measured_with_what_the_device_has_left(left, told):
+    processor = Unlockable(left)
+    locks = PageLocks(processor)
+    locks.check([Pool(4096, page_lock="off")], "memory")
+    (note,) = locks.notes
+    assert ("GB/s" in note) == told
+    assert processor.memory()[0] == left, "it keeps what it tried it in"
+    processor.close()
 
 
 def test_a_resident_that_the_device_has_no_memory_for_streams_and_that_is_told(folder, total, nothing_left):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +15,9 @@ import torch
 from zinfer.device.arena import Arena, Lease
 from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of, why_pageable
+from zinfer.device.host import Host, flagged, view_of
 from zinfer.device.lifted import LiftedFetch
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.device.refusals import Refusals
 from zinfer.device.streams import Streams
@@ -31,7 +31,7 @@ from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
-TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
+MEMORY = "host memory"  # what the report calls it
 
 
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
@@ -71,7 +71,7 @@ class AttachedDevice(Host):
         self._spare = Spare(spare)
         self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
         self._bringing = threading.RLock()
-        self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
+        self.page_locks = PageLocks(processor)
         self._refusals = Refusals(processor.name)
         self._streams = Streams(processor)
         self._arena: Arena | None = None
@@ -81,7 +81,7 @@ class AttachedDevice(Host):
             super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
             self._arena = Arena(processor, device_window) if device_window else None
-            self._warn_of_pageable_memory(self.pools)
+            self.page_locks.check(self.pools, MEMORY, self._arena)
             self._copies = Copies(partial(_tell, weakref.ref(self)), processor.current)
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
@@ -89,31 +89,10 @@ class AttachedDevice(Host):
             self.close()
             raise
 
-    def _warn_of_pageable_memory(self, pools: Sequence[Pool]) -> None:
-        """Tell, once for each reason, that memory is not page-locked, and what that costs."""
-        if not self.processor.page_locks:
-            return
-        reasons = {why_pageable(pool) for pool in pools if not pool.page_locked} - self._unlocked
-        for reason in sorted(reasons):
-            self._unlocked.add(reason)
-            rate = self._pageable_rate()
-            cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
-            note = f"host memory is not page-locked ({reason}): copies are slower{cost}, and block a thread"
-            logger.warning("%s: %s", self.processor.name, note)
-            self.fallbacks.append(note)
-
-    def _pageable_rate(self) -> float | None:
-        """Bytes a second of copies from ordinary memory; None where the device's window has no room to try it in."""
-        nbytes = min(TRIAL_BYTES, self.device_window)
-        lease = self._arena.acquire(nbytes) if self._arena is not None else None
-        if lease is None:
-            return None
-        source, rates = torch.ones(nbytes, dtype=torch.uint8), []
-        for _ in range(TRIALS):
-            started = time.perf_counter()
-            self.processor.copy([(lease.bytes, source)], lease.after, urgent=True).wait()
-            rates.append(nbytes / (time.perf_counter() - started))
-        return max(rates)
+    @property
+    def fallbacks(self) -> list[str]:
+        """As Host.fallbacks."""
+        return [*super().fallbacks, *self.page_locks.notes]
 
     @property
     def pools(self) -> list[Pool]:
@@ -167,7 +146,7 @@ class AttachedDevice(Host):
             logger.warning("%r will stream from the drive: %s", weight.name, error)
             return
         weakref.finalize(pool, self._spare.give, nbytes).atexit = False
-        self._warn_of_pageable_memory([pool])
+        self.page_locks.check([pool], MEMORY, self._arena)
 
     def _has_spare(self, nbytes: int) -> bool:
         """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
@@ -288,7 +267,7 @@ class AttachedDevice(Host):
                     )
                 if fetch.settles:
                     weight.wants_residence = fetch.settles = False
-                    self.refused_bytes = self._refusals.add(weight, nbytes, self.fallbacks)
+                    self.refused_bytes = self._refusals.add(weight, nbytes, self._notes)
                 lease = arena.acquire(nbytes, timeout)
             if lease is None:
                 return False

@@ -45,7 +45,6 @@ class Device(Protocol):
     torch_device: torch.device
     name: str
     tally: Tally
-    fallbacks: list[str]
     drives: Drives
     generation: int
     patience: float  # seconds that a thread alone waits for room: nobody else's operators give any back
@@ -53,6 +52,10 @@ class Device(Protocol):
     refused_bytes: (
         int  # of weights that were to stay where operators compute, but there was no memory for them
     )
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What does not run as it should, for the report."""
 
     @property
     def pools(self) -> list[Pool]:

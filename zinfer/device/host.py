@@ -58,7 +58,7 @@ class Host:
         recorder: Recorder | None = None,
     ) -> None:
         self.tally = Tally()
-        self.fallbacks: list[str] = []  # what does not run as it should, for the report
+        self._notes: list[str] = []
         self.on_room: weakref.WeakMethod[Callable[[], None]] | None = (
             None  # called when a device gave room back
         )
@@ -97,6 +97,11 @@ class Host:
         self.residents = Residents(places, wanted, node, at_once=at_once, page_lock=self._page_lock)
         for reason in {pool.numa_reason for pool in self.pools if pool.numa_reason}:
             logger.warning("memory may lie far from the drive, on another NUMA node: %s", reason)
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What does not run as it should, for the report."""
+        return list(self._notes)
 
     @property
     def pools(self) -> list[Pool]:
@@ -193,15 +198,6 @@ class Host:
                     f"{file}: the file was altered while it was streamed; results after this point could be "
                     "wrong. Restore it, then call zinfer.run again"
                 )
-
-
-def why_pageable(pool: Pool) -> str:
-    """Why `pool` could not be page-locked, and what would help."""
-    if torch.version.hip is not None:
-        return (
-            "this torch is built for ROCm, and in this version zinfer page-locks through CUDA's runtime alone"
-        )
-    return pool.page_lock_reason
 
 
 def flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
