@@ -92,7 +92,7 @@ class AttachedDevice(Host):
     @property
     def fallbacks(self) -> list[str]:
         """As Host.fallbacks."""
-        return [*super().fallbacks, *self.page_locks.notes]
+        return [*super().fallbacks, *self.page_locks.notes, *self._refusals.notes]
 
     @property
     def pools(self) -> list[Pool]:
@@ -106,8 +106,8 @@ class AttachedDevice(Host):
         return host + (self._arena.capacity if self._arena is not None else 0)
 
     @property
-    def device_window(self) -> int:
-        """Bytes of the window on the device."""
+    def window_bytes(self) -> int:
+        """See Device."""
         return self._arena.capacity if self._arena is not None else 0
 
     @property
@@ -263,12 +263,14 @@ class AttachedDevice(Host):
                 if arena is None or nbytes > arena.capacity:
                     raise OutOfMemoryError(
                         f"{self.processor.name} tried to allocate {nbytes} bytes for {weight.name!r}, and the window "
-                        f"there holds {self.device_window}: end what else uses its memory"
+                        f"there holds {self.window_bytes}: end what else uses its memory"
                     )
                 if fetch.settles:
                     weight.wants_residence = fetch.settles = False
-                    self.refused_bytes = self._refusals.add(weight, nbytes, self._notes)
+                    self.refused_bytes = self._refusals.add(weight, nbytes)
                 lease = arena.acquire(nbytes, timeout)
+            elif fetch.settles:
+                self._refusals.came_back(weight)
             if lease is None:
                 return False
             fetch.lease = lease
@@ -291,7 +293,7 @@ class AttachedDevice(Host):
         host = self.window.in_use if self.window is not None else 0
         return BudgetError(
             f"{weight.name!r} needs {self._layout(weight).nbytes} bytes of the window on {self.processor.name}, but "
-            f"{self.in_use} of its {self.device_window} bytes (and {host} of the host's) are held by tensors still in "
+            f"{self.in_use} of its {self.window_bytes} bytes (and {host} of the host's) are held by tensors still in "
             "use (an operator that takes several weights, or views kept by the caller); raise max_memory by "
             f"{weight.layout.nbytes} bytes"
         )

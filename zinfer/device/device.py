@@ -66,6 +66,10 @@ class Device(Protocol):
         """Bytes of weights that can be on their way at once; 0 where nothing streams."""
 
     @property
+    def window_bytes(self) -> int:
+        """Bytes of the window, where operators compute; 0 where there is none, or none could be had."""
+
+    @property
     def in_use(self) -> int:
         """Bytes of the window, where operators compute, that hold a weight or are being filled."""
 
