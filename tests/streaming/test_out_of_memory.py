@@ -430,8 +430,10 @@ def test_after_no_window_could_be_had_the_report_states_none(all_there, llama, c
     gc.collect()
     assert model.zinfer.report().device.window_bytes > 0
     relief, streaming = model.zinfer._relief, model.zinfer._streaming
+    least = smallest_placement(streaming.footprints)
     processor.claim(MEMORY)
-    relief.relieve("a weight", ON_A_GPU.format(MEMORY))
+    with pytest.raises(zinfer.OutOfMemoryError):
+        model.zinfer._residency._divide_smaller(least, least)
     figures = model.zinfer.report().device
     assert (figures.window_bytes, figures.planned_resident_bytes, figures.conversion_bytes) == (0, 0, 0)
     assert streaming.coordinator.device.window_bytes == 0
