@@ -18,7 +18,7 @@ from tests import architectures
 from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
-from zinfer.device import attached, host, residents
+from zinfer.device import host, moved, residents
 from zinfer.device.attached import _at_slab_edges
 from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
@@ -166,7 +166,7 @@ def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, 
         coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
         device, unsettle = coordinator.device, model.zinfer._streaming.unsettle
         first, second = [w for w in weights if w.name.endswith("down_proj.weight")][:2]
-        device._spare._left = first.layout.nbytes
+        device._moved._spare._left = first.layout.nbytes
         coordinator.change_residents([first], (), unsettle)
         coordinator.change_residents([second], (), unsettle)
         assert (device.in_place(first), device.in_place(second)) == (True, False)
@@ -174,7 +174,7 @@ def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, 
         coordinator.change_residents((), [second], unsettle)
         coordinator.change_residents([second], (), unsettle)
         assert (device.in_place(first), device.in_place(second)) == (False, True)
-        assert device._spare._left == 0
+        assert device._moved._spare._left == 0
 
 
 def test_threads_that_want_one_table_at_once_read_it_once(folder, total, monkeypatch, nothing_left):
@@ -260,7 +260,7 @@ class Locked(Pool):
 def test_what_copies_of_caches_cost_is_measured_where_only_their_memory_is_refused(
     folder, total, monkeypatch, nothing_left
 ):
-    for module in (attached, host, residents):
+    for module in (moved, host, residents):
         monkeypatch.setattr(module, "Pool", Locked)
     options = {"offload": "nvme", "kv_offload": "cpu"}
     with run_within(folder, Unlockable(MEMORY), 16 << 20, 4 * total, **options) as model:
@@ -395,7 +395,7 @@ def test_the_device_is_chosen_where_its_runtime_is_asked(
     folder, total, kv_offload, monkeypatch, nothing_left
 ):
     processor = Chosen()
-    for module in (attached, host, residents, space):
+    for module in (moved, host, residents, space):
         monkeypatch.setattr(module, "Pool", processor.pool)
     options = {"offload": "nvme", "kv_offload": kv_offload}
     with run_within(folder, processor, int(total * 0.9), 4 * total, **options) as model:

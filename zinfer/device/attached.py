@@ -17,6 +17,7 @@ from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
 from zinfer.device.host import Host, flagged, view_of
 from zinfer.device.lifted import LiftedFetch
+from zinfer.device.moved import Moved
 from zinfer.device.page_locks import PageLocks
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.device.refusals import Refusals
@@ -68,8 +69,6 @@ class AttachedDevice(Host):
         self.name = processor.name
         self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
         self._layouts: dict[Weight, Layout] = {}
-        self._spare = Spare(spare)
-        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
         self._bringing = threading.RLock()
         self.page_locks = PageLocks(processor)
         self._refusals = Refusals(processor.name)
@@ -77,6 +76,7 @@ class AttachedDevice(Host):
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
+        self._moved = Moved(processor, spare, self._kept, lock)
         with processor.current():  # memory is page-locked through it
             super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
@@ -97,7 +97,7 @@ class AttachedDevice(Host):
     @property
     def pools(self) -> list[Pool]:
         """As Host.pools."""
-        return [*super().pools, *(pool for pool in list(self._moved.values()) if pool.base_address)]
+        return [*super().pools, *self._moved.pools]
 
     @property
     def ahead_bytes(self) -> int:
@@ -128,35 +128,14 @@ class AttachedDevice(Host):
         if self._arena is not None:
             self._arena.close()
         self._kept.clear()
-        for pool in self._moved.values():
-            pool.close()
-        self._moved.clear()
+        self._moved.close()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
         """Find `weight` a place in host memory. That on the device is its own, and goes with the last tensor on it."""
-        nbytes = weight.layout.nbytes
-        if self.in_place(weight) or not self._has_spare(nbytes):
-            return
-        try:
-            with self.processor.current():
-                pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
-        except BudgetError as error:
-            self._spare.give(nbytes)
-            logger.warning("%r will stream from the drive: %s", weight.name, error)
-            return
-        weakref.finalize(pool, self._spare.give, nbytes).atexit = False
-        self.page_locks.check([pool], MEMORY, self._arena)
-
-    def _has_spare(self, nbytes: int) -> bool:
-        """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
-        for weight in [None, *(weight for weight in self._moved if weight.wants_residence)]:
-            if weight is not None:
-                self._kept.pop(weight, None)
-                del self._moved[weight]
-            if self._spare.take(nbytes):
-                return True
-        return False
+        pool = None if self.in_place(weight) else self._moved.give_place(weight)
+        if pool is not None:
+            self.page_locks.check([pool], MEMORY, self._arena)
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
@@ -181,7 +160,9 @@ class AttachedDevice(Host):
 
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
-        return weight in self._moved or (self.residents is not None and self.residents.has(weight))
+        return self._moved.pool(weight) is not None or (
+            self.residents is not None and self.residents.has(weight)
+        )
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> LiftedFetch | None:
         """Begin to bring `weight` to the device, or None when the host's window has no room within `timeout`.
@@ -213,10 +194,10 @@ class AttachedDevice(Host):
 
     def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
         """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
-        if weight not in self._moved and self.in_place(weight):
+        moved = self._moved.pool(weight)
+        if moved is None and self.in_place(weight):
             assert self.residents is not None
             return self.residents.take(weight)
-        moved = self._moved.get(weight)
         memory = (
             self.window_room(weight, timeout)
             if moved is None
@@ -226,8 +207,9 @@ class AttachedDevice(Host):
 
     def _pool_of(self, weight: Weight) -> Pool | None:
         """The mapping that `weight` is read into."""
-        if weight in self._moved:
-            return self._moved[weight]
+        moved = self._moved.pool(weight)
+        if moved is not None:
+            return moved
         return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
 
     def bring(self, weight: Weight) -> bool:
@@ -300,7 +282,7 @@ class AttachedDevice(Host):
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """As Host.read_rows, on the device."""
-        if weight in self._moved:
+        if self._moved.pool(weight) is not None:
             self.bring(weight)
         kept = self._kept.get(weight)
         placed = weight.placed
@@ -382,27 +364,6 @@ def _at_slab_edges(
     edge = step - (source.data_ptr() - pool.base_address) % step
     cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
     return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
-
-
-class Spare:
-    """Bytes of the host's budget that nothing has been planned for. Any thread may call any method."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._left = nbytes
-        self._lock = threading.RLock()  # a finalizer may call give() inside a method here
-
-    def take(self, nbytes: int) -> bool:
-        """Take them, if they are there."""
-        with self._lock:
-            if nbytes > self._left:
-                return False
-            self._left -= nbytes
-            return True
-
-    def give(self, nbytes: int) -> None:
-        """Give them back."""
-        with self._lock:
-            self._left += nbytes
 
 
 def _tensor(memory: torch.Tensor, start: int, placed: Placed) -> torch.Tensor:
