@@ -26,8 +26,8 @@ from tests.streaming.devices import (
 )
 from tests.streaming.test_attached import finish, staged
 from zinfer import BudgetError, budgets
-from zinfer.dry_run import Recorder
 from zinfer.kv_cache import Pass, activation_bytes, prefills_in_chunks
+from zinfer.pass_recorder import Recorder
 from zinfer.planner.chunks import SMALLEST_CHUNK, chunks_of
 from zinfer.prefill import Prefill
 
