@@ -87,6 +87,7 @@ class StagedProcessor:
         self._lock = threading.RLock()
         self._closed = False
         self._jobs: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._copying: list[tuple[StagedEvent, list[Span]]] = []
         self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 
     def current(self) -> AbstractContextManager[Any]:
@@ -172,6 +173,8 @@ class StagedProcessor:
         spans = [Span(target.data_ptr(), source.data_ptr(), source.nbytes) for target, source in moves]
         held = [block for span in spans for block in self._blocks_of(span)]
         event = StagedEvent(sum(span.nbytes for span in spans))
+        with self._lock:
+            self._copying = [*(one for one in self._copying if not one[0].done), (event, spans)]
         self._worker(kind).put(partial(self._copy, spans, held, tuple(after), kind, event))
         return event
 
@@ -244,14 +247,27 @@ class StagedProcessor:
 
     def _retire(self, held: list[torch.Tensor], before: int | None, event: StagedEvent) -> None:
         self._sleep("fence")
-        self._poison(held.pop(), before)
+        tensor = held.pop()
+        self._look(tensor, before)
+        if before is not None and not self._read_by_a_copy(tensor):
+            tensor.fill_(POISON)
+        del tensor
         event.reach()
 
-    def _poison(self, tensor: torch.Tensor, before: int | None) -> None:
-        if before is not None:
-            if self._sum(tensor) != before:
-                self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
-            tensor.fill_(POISON)
+    def _read_by_a_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether one from there has not run, of which the next holder is told apart from fences: see Lease.copied."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        with self._lock:
+            return any(
+                start < span.source + span.nbytes and span.source < end
+                for event, spans in self._copying
+                if not event.done
+                for span in spans
+            )
+
+    def _look(self, tensor: torch.Tensor, before: int | None) -> None:
+        if before is not None and self._sum(tensor) != before:
+            self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
 
     def _sum(self, tensor: torch.Tensor) -> int | None:
         return zlib.crc32(tensor.numpy().tobytes()) if self._check else None
