@@ -81,9 +81,10 @@ def test_host_memory_returns_when_its_copy_is_done_and_not_before(folder, total,
         assert fetch.landed(10)
         fetch.issue(urgent=False)
         del fetch
-        assert device.window.in_use > 0, "the copy's source was given away under it"
+        held = device.window.in_use
         gate.let("ordinary")
         gate.let("urgent")
+        assert held > 0, "the copy's source was given away under it"
         for _ in range(1000):
             if device.window.in_use == 0:
                 break
