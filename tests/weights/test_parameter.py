@@ -347,6 +347,12 @@ def test_of_a_weight_that_is_to_stay_all_is_asked_for_and_not_rows(use, streamed
     assert streamed.asked == ["whole"]
 
 
+def test_its_name_shape_and_dtype_are_shown_and_no_place_that_may_be_another_by_then(streamed):
+    for shown in (repr(streamed.parameter), repr(streamed.weight)):
+        assert "layer.weight" in shown and "6" in shown and "float32" in shown
+        assert not any(place in shown for place in ("nvme", "host", "tier"))
+
+
 @pytest.mark.parametrize("index", [6, -7, torch.tensor(6)], ids=str)
 def test_an_integer_index_out_of_range_is_torchs_index_error(streamed, index):
     with pytest.raises(IndexError):

@@ -86,9 +86,7 @@ class StreamedParameter(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         weight = self.weight
-        return (
-            f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype}, tier={weight.tier!r})"
-        )
+        return f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
         return memo.setdefault(id(self), StreamedParameter(self.weight, self.source, self.device))
