@@ -14,6 +14,7 @@ from torch import nn
 
 from zinfer.caches_on_host import CACHE
 from zinfer.errors import OptionError, ReadOnlyError, ZinferError
+from zinfer.kv_offload.refusals import check_cache_implementation
 from zinfer.runtime import Runtime
 from zinfer.weights.parameter import StreamedParameter
 from zinfer.weights.shortage import ran_out
@@ -34,7 +35,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     `__enter__` and `__exit__`; `__call__` without autograd (streamed weights do not train, and a graph would
     hold every activation); copies that share the streamed weights; and an explanation where a method
     cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES. generate()
-    prefills in chunks where memory asks for it, and where caches go to host memory, it says which are its own.
+    prefills in chunks where memory asks for it. Where caches go to host memory, it says which are its own, and refuses
+    kinds that cannot go there.
     """
     base = type(model)
     extra: dict[str, Any] = {
@@ -54,6 +56,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
         extra["_prefill"] = _prefill(base)
     if runtime.caches is not None:
         extra["generate"] = _generate(base)
+        if hasattr(base, "_prepare_cache_for_generation"):
+            extra["_prepare_cache_for_generation"] = _prepare_cache(base)
     model.__class__ = types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(extra))
     model.zinfer = runtime  # type: ignore[assignment]
     model.register_forward_pre_hook(runtime.begin_sweep, with_kwargs=True)
@@ -82,10 +86,23 @@ def _generate(base: Any) -> Callable[..., Any]:
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cache_implementation") == "paged":  # another method generates then
+            check_cache_implementation("paged")
         with self.zinfer.caches.generating(kwargs.get(CACHE)):
             return base.generate(self, *args, **kwargs)
 
     return generate
+
+
+def _prepare_cache(base: Any) -> Callable[..., Any]:
+    """The part of generate() that makes its cache, by settings put together from all places: of a kind for the host."""
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            check_cache_implementation(generation_config.cache_implementation)
+        return base._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+
+    return prepare
 
 
 def _prefill(base: Any) -> Callable[..., Any]:
