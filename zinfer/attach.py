@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zinfer.caches_on_host import CACHE
+from zinfer.decoding import with_its_experts, without_compiling
 from zinfer.errors import OptionError, ReadOnlyError, ZinferError
 from zinfer.kv_offload.refusals import check_cache_implementation
 from zinfer.runtime import Runtime
@@ -35,8 +36,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     `__enter__` and `__exit__`; `__call__` without autograd (streamed weights do not train, and a graph would
     hold every activation); copies that share the streamed weights; and an explanation where a method
     cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES. generate()
-    prefills in chunks where memory asks for it. Where caches go to host memory, it says which are its own, and refuses
-    kinds that cannot go there.
+    prefills in chunks where memory asks for it, never compiles, and computes experts in one way throughout. Where
+    caches go to host memory, it says which are its own, and refuses kinds that cannot go there.
     """
     base = type(model)
     extra: dict[str, Any] = {
@@ -52,8 +53,13 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
         extra |= {name: _refused(base, name) for name in _NEEDS_BYTES if hasattr(base, name)}
     else:
         extra["__deepcopy__"] = _deepcopy_in_memory
-    if runtime.offload != "none" and hasattr(base, "_prefill"):
-        extra["_prefill"] = _prefill(base)
+    if runtime.offload != "none":  # not every version of transformers has all of these, nor every model
+        own = {
+            "_prefill": _prefill,
+            "_valid_auto_compile_criteria": without_compiling,
+            "_optimize_model_for_decode": with_its_experts,
+        }
+        extra |= {name: made(base) for name, made in own.items() if hasattr(base, name)}
     if runtime.caches is not None:
         extra["generate"] = _generate(base)
         if hasattr(base, "_prepare_cache_for_generation"):
