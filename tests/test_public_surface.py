@@ -57,6 +57,7 @@ LAYERS = [
     "residency",
     "relief",
     "caches_on_host",
+    "decoding",
     "prefill",
     "synth",
     "outline",

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from zinfer.caches_on_host import CACHE
+from zinfer.decoding import with_its_experts, without_compiling
 from zinfer.errors import OptionError, ReadOnlyError, ZinferError
+from zinfer.kv_offload.refusals import check_cache_implementation
 from zinfer.runtime import Runtime
 from zinfer.weights.parameter import StreamedParameter
 from zinfer.weights.shortage import ran_out
@@ -34,7 +36,8 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
     `__enter__` and `__exit__`; `__call__` without autograd (streamed weights do not train, and a graph would
     hold every activation); copies that share the streamed weights; and an explanation where a method
     cannot do what it does on a model in memory: `.to()`, pickling and those in _NEEDS_BYTES. generate()
-    prefills in chunks where memory asks for it, and where caches go to host memory, it says which are its own.
+    prefills in chunks where memory asks for it, never compiles, and computes experts in one way throughout. Where
+    caches go to host memory, it says which are its own, and refuses kinds that cannot go there.
     """
     base = type(model)
     extra: dict[str, Any] = {
@@ -50,10 +53,17 @@ def attach(model: nn.Module, runtime: Runtime) -> nn.Module:
         extra |= {name: _refused(base, name) for name in _NEEDS_BYTES if hasattr(base, name)}
     else:
         extra["__deepcopy__"] = _deepcopy_in_memory
-    if runtime.offload != "none" and hasattr(base, "_prefill"):
-        extra["_prefill"] = _prefill(base)
+    if runtime.offload != "none":  # not every version of transformers has all of these, nor every model
+        own = {
+            "_prefill": _prefill,
+            "_valid_auto_compile_criteria": without_compiling,
+            "_optimize_model_for_decode": with_its_experts,
+        }
+        extra |= {name: made(base) for name, made in own.items() if hasattr(base, name)}
     if runtime.caches is not None:
         extra["generate"] = _generate(base)
+        if hasattr(base, "_prepare_cache_for_generation"):
+            extra["_prepare_cache_for_generation"] = _prepare_cache(base)
     model.__class__ = types.new_class(base.__name__, (base,), exec_body=lambda space: space.update(extra))
     model.zinfer = runtime  # type: ignore[assignment]
     model.register_forward_pre_hook(runtime.begin_sweep, with_kwargs=True)
@@ -82,10 +92,23 @@ def _generate(base: Any) -> Callable[..., Any]:
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cache_implementation") == "paged":  # another method generates then
+            check_cache_implementation("paged")
         with self.zinfer.caches.generating(kwargs.get(CACHE)):
             return base.generate(self, *args, **kwargs)
 
     return generate
+
+
+def _prepare_cache(base: Any) -> Callable[..., Any]:
+    """The part of generate() that makes its cache, by settings put together from all places: of a kind for the host."""
+
+    def prepare(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            check_cache_implementation(generation_config.cache_implementation)
+        return base._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+
+    return prepare
 
 
 def _prefill(base: Any) -> Callable[..., Any]:

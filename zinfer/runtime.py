@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
 from zinfer.timeline.recorder import Recorder
 from zinfer.timeline.sweeps import Mark, Steady, SweepLog
+
+logger = logging.getLogger("zinfer")
 
 
 class Runtime:
@@ -62,6 +65,7 @@ class Runtime:
         self._predicted: float | None = None
         self._shape: tuple[int, int] | None = None  # sequences, and positions of each, of the last pass
         self._log = SweepLog()
+        self._notes: dict[str, None] = {}  # what was told once
 
     def report(self) -> Report:
         """What happened so far."""
@@ -272,6 +276,12 @@ class Runtime:
         """Tokens of a prompt to prefill at once; None: all, or as its settings say. See Prefill.chunk."""
         return self._prefill.chunk(input_ids, settings, inputs)
 
+    def tell(self, note: str, level: int = logging.INFO) -> None:
+        """Log `note` once, and have the report say it among what runs in another way than it might."""
+        if note not in self._notes:
+            self._notes[note] = None
+            logger.log(level, "%s", note)
+
     def ran_out(self, error: BaseException) -> OutOfMemoryError:
         """What to raise, from `error`, where there was no memory in a pass. Gives memory back for the next one."""
         return self._relief.ended(error)
@@ -307,6 +317,7 @@ class Runtime:
             *notes,
             *self._relief.notes,
             *self._prefill.notes,
+            *self._notes.copy(),
             *(f"O_DIRECT not used: {reason}" for reason in reasons),
             *device.fallbacks,
         )

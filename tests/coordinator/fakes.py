@@ -125,6 +125,12 @@ class FakeDevice:
     def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
         return True
 
+    def refused(self, weight: Any) -> None:
+        weight.wants_residence = False
+
+    def release(self, weight: Any) -> None:
+        pass
+
     def shortage(self, weight: Any) -> BudgetError:
         return BudgetError(
             f"{weight.name!r} needs {weight.layout.nbytes} bytes, held by tensors still in use"
@@ -132,6 +138,9 @@ class FakeDevice:
 
     def in_place(self, weight: Any) -> bool:
         return weight.wants_residence and weight.placed is not None and weight.name not in self.absent
+
+    def settles(self, weight: Any) -> bool:
+        return weight.wants_residence and weight.name not in self.absent
 
     def start(self, weight: Any, *, urgent: bool, timeout: float = 0.0) -> FakeFetch | None:
         kept = self.in_place(weight)

@@ -370,6 +370,49 @@ def test_waiting_is_counted_by_weight():
     assert scene.coordinator.counters.wait_seconds == sum(scene.coordinator.counters.waits_by_weight.values())
 
 
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_which_rows_are_asked_for_comes_to_stay_where_it_is_to():
+    scene = Scene("abz", window=2 * SIZE, residents="z")
+    weight: Any = scene.weights["z"]
+    tensor = scene.coordinator.settled(weight)
+    assert tensor is not None and scene.settled == ["z"] and weight.resident is tensor
+    assert scene.coordinator.settled(weight) is tensor
+    assert scene.device.names() == "z"
+
+
+def test_rows_go_on_being_asked_for_where_it_is_not_to_stay_or_has_no_place_yet():
+    scene = Scene("abz", window=2 * SIZE, residents="z")
+    streamed: Any = scene.weights["a"]
+    assert scene.coordinator.settled(streamed) is None
+    scene.device.absent = {"z"}
+    absent: Any = scene.weights["z"]
+    assert scene.coordinator.settled(absent) is None
+    assert scene.device.started == []
+
+
+def test_the_trace_learns_nothing_of_weights_that_come_to_stay_by_their_rows():
+    scene = Scene("abcz", window=4 * SIZE, residents="z")
+    weight: Any = scene.weights["z"]
+    for name in "aabc":
+        scene.use(name)
+        scene.coordinator.settled(weight)
+    scene.coordinator.change_residents([weight], [], lambda _: None)
+    started = len(scene.device.started)
+    scene.use("abcabc")
+    assert "z" not in {name for name, _ in scene.device.started[started:]}
+
+
+def test_rows_are_enough_where_there_is_no_room_for_all_of_it(monkeypatch):
+    scene = Scene("az", window=SIZE, residents="z", sizes={"z": 3 * SIZE})
+    weight: Any = scene.weights["z"]
+    weight.placed = None  # a conversion: it passes through the window
+    monkeypatch.setattr(scene.device, "patience", 0.05)
+    assert scene.coordinator.settled(weight) is None
+    assert scene.coordinator.rows(weight, [0]).shape == (1, 4)
+
+
 # -- the end --------------------------------------------------------------------------------------------
 
 
@@ -388,6 +431,10 @@ def test_use_after_closing_is_refused():
     scene.use("a")
     scene.coordinator.close()
     weight: Any = scene.weights["a"]
-    for use in (lambda: scene.coordinator.whole(weight), lambda: scene.coordinator.rows(weight, [0])):
+    for use in (
+        lambda: scene.coordinator.whole(weight),
+        lambda: scene.coordinator.settled(weight),
+        lambda: scene.coordinator.rows(weight, [0]),
+    ):
         with pytest.raises(ClosedError, match=r"zinfer\.run again"):
             use()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -27,6 +28,12 @@ def run_within(folder: str, device: int, host: int, *, poison: bool = False, **o
     return devices.run_within(
         folder, WithoutLimit(CUDA, poison=poison), device, host, **({"offload": "nvme"} | options)
     )
+
+
+def with_its_experts(reference):
+    """A model in memory that decodes with the experts it has, as a streaming one does: see docs/design.md."""
+    reference._optimize_model_for_decode = contextlib.nullcontext
+    return reference
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 import zinfer
 from tests import architectures
-from tests.gpu.on_gpu import CUDA, GENERATE, results, run_within, same
+from tests.gpu.on_gpu import CUDA, GENERATE, results, run_within, same, with_its_experts
 from tests.streaming import devices
 from tests.streaming.test_exactness import IDS
 from zinfer.device.arena import Arena
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # of operators that are not 
 @pytest.mark.parametrize("name", architectures.ALL)
 def test_every_mix_of_tiers_is_bit_equal(name, dtype, saved):
     folder = saved(name, dtype)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval().to(CUDA)
+    reference = with_its_experts(architectures.ALL[name][0].from_pretrained(folder).eval().to(CUDA))
     try:
         expected = results(reference, name)
     except (RuntimeError, NotImplementedError) as error:
@@ -70,7 +70,7 @@ def test_sweeps_with_recycled_memory_poisoned_give_the_same_logits(saved):
 
 def in_memory(cls, folder: str):
     """The model in the GPU's memory; a test of one that is not the same twice there proves nothing."""
-    reference = cls.from_pretrained(folder).eval().to(CUDA)
+    reference = with_its_experts(cls.from_pretrained(folder).eval().to(CUDA))
     settings = GENERATE | {"output_logits": True, "return_dict_in_generate": True}
     first, second = (reference.generate(devices.ROWS.to(CUDA), **settings).logits for _ in range(2))
     if not same(first, second):
@@ -97,6 +97,18 @@ def test_every_way_to_decode_with_caches_in_host_memory_is_bit_equal(name, tmp_p
         for way, settings in devices.WAYS.items():
             ids = devices.IDS.repeat(1, 3) if way == "prompt lookup" else devices.ROWS
             devices.assert_generates_the_same(reference, model, ids, **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_static_cache_is_bit_equal_and_nothing_is_compiled(name, tmp_path):
+    folder = str(tmp_path / "model")
+    reference = in_memory(devices.saved_of(name, folder), folder)
+    nbytes = int(architectures.parameter_bytes(reference) * 0.4) + 2 * KV_CACHES
+    with run_within(folder, nbytes, PLENTY) as model:
+        devices.assert_a_static_cache_gives_the_same(reference, model, devices.ROWS.to(CUDA))
+        notes = model.zinfer.report().fallbacks
+    assert any("does not compile" in note for note in notes)
+    assert any("grouped_mm" in note for note in notes) == (name == "qwen3_moe")
 
 
 @pytest.mark.parametrize("kv_offload", [None, "cpu"])

@@ -89,9 +89,9 @@ def test_no_batch_beyond_the_limit_of_the_search_is_tried():
     assert max(asked) == MOST_BATCH
 
 
-def test_cache_and_activations_grow_with_the_batch():
-    work = Work(2, EMPTY, EMPTY, cache_bytes=100, activation_bytes=11)
-    assert [work.memory(batch) for batch in (1, 2, 4)] == [56, 111, 222]
+def test_the_cache_grows_with_the_batch():
+    work = Work(2, EMPTY, EMPTY, cache_bytes=111, activation_bytes=11)
+    assert [work.cache(batch) for batch in (1, 2, 4)] == [56, 111, 222]
 
 
 def test_where_nothing_is_known_a_weight_is_two_flops_a_row():

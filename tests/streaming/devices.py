@@ -130,6 +130,17 @@ def assert_generates_the_same(reference, model, ids, **settings):
     return found
 
 
+def assert_a_static_cache_gives_the_same(reference, model, ids):
+    """Tokens and logits of the model in memory, not compiled, by a streaming one, which never is."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = reference.generate(ids, disable_compile=True, **settings)
+    found = model.generate(ids, **settings)
+    assert type(found.past_key_values) is transformers.StaticCache
+    assert torch.equal(expected.sequences, found.sequences)
+    assert all(torch.equal(there, here) for there, here in zip(expected.logits, found.logits, strict=True))
+
+
 # Prompts in chunks.
 
 PROMPT, PROMPTS, NEW = 384, 4, 4

@@ -325,6 +325,37 @@ def test_models_whose_caches_cannot_go_there_are_refused_with_the_reason(name, w
         zinfer.run(saved(name), device=StagedProcessor(MEMORY), kv_offload="cpu")
 
 
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "offloaded", "quantized", "paged"])
+def test_caches_of_a_kind_that_cannot_go_there_are_refused_before_anything_is_read(kind, pair):
+    reference, model, _ = pair("llama")
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    before = model.zinfer.bytes_read
+    with pytest.raises(zinfer.OptionError, match=f"'{kind}'.*leave cache_implementation out"):
+        model.generate(IDS, cache_implementation=kind, **settings)
+    if kind != "paged":  # generate() looks at the argument alone
+        given = transformers.GenerationConfig(cache_implementation=kind, **settings)
+        with pytest.raises(zinfer.OptionError, match=kind):
+            model.generate(IDS, generation_config=given)
+        model.generation_config.cache_implementation = kind
+        with pytest.raises(zinfer.OptionError, match=kind):
+            model.generate(IDS, **settings)
+    assert model.zinfer.bytes_read == before
+    assert_generates_the_same(reference, model, IDS, cache_implementation="dynamic")
+    model.generation_config.cache_implementation = (
+        "hybrid"  # of old checkpoints: transformers takes a plain one
+    )
+    assert_generates_the_same(reference, model, IDS)
+
+
+def test_no_kind_is_refused_where_no_cache_is_made_or_the_caller_has_one(pair):
+    reference, model, _ = pair("llama")
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = reference.generate(IDS, **settings)
+    assert torch.equal(model.generate(IDS, use_cache=False, **settings), expected)
+    own = transformers.StaticCache(config=model.config, max_cache_len=16)
+    assert torch.equal(model.generate(IDS, past_key_values=own, **settings), expected)
+
+
 def test_the_option_is_refused_where_it_has_no_effect(saved):
     folder = saved("llama")
     with pytest.raises(zinfer.OptionError, match="where the CPU computes"):

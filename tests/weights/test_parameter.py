@@ -40,6 +40,9 @@ class CountingSource:
         self.asked.append(rows)
         return self.real[rows]
 
+    def settled(self, weight: Weight) -> torch.Tensor | None:
+        return self.whole(weight) if weight.wants_residence else None
+
     def done(self, weight: Weight) -> None:
         self.ended += 1
 
@@ -328,6 +331,26 @@ def test_one_expert_of_a_stack_is_one_slice():
     streamed = Streamed(8, 3, 4)
     assert torch.equal(F.linear(X, streamed.parameter[5]), F.linear(X, streamed.real[5]))
     assert streamed.asked == [[5]]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: w[2],
+        lambda w: w[torch.tensor(-1)],
+        lambda w: F.embedding(torch.tensor([[0, 5], [5, 2]]), w),
+    ],
+)
+def test_of_a_weight_that_is_to_stay_all_is_asked_for_and_not_rows(use, streamed):
+    streamed.weight.wants_residence = True
+    assert torch.equal(use(streamed.parameter), use(streamed.real))
+    assert streamed.asked == ["whole"]
+
+
+def test_its_name_shape_and_dtype_are_shown_and_no_place_that_may_be_another_by_then(streamed):
+    for shown in (repr(streamed.parameter), repr(streamed.weight)):
+        assert "layer.weight" in shown and "6" in shown and "float32" in shown
+        assert not any(place in shown for place in ("nvme", "host", "tier"))
 
 
 @pytest.mark.parametrize("index", [6, -7, torch.tensor(6)], ids=str)

@@ -17,7 +17,7 @@ import torch
 from zinfer.coordinator.reader import Reader
 from zinfer.coordinator.trace import Trace
 from zinfer.device.device import Device, Fetching
-from zinfer.errors import ClosedError, ZinferError
+from zinfer.errors import BudgetError, ClosedError, OutOfMemoryError, ZinferError
 from zinfer.weights.shortage import ShortageError
 from zinfer.weights.weight import Weight
 
@@ -54,7 +54,7 @@ class Counters:
 class Coordinator:
     """Implements WeightSource for the streamed parameters of one model.
 
-    Any thread may call `whole` and `rows`; each thread has a Reader of its own, all share the trace,
+    Any thread may call `whole`, `settled` and `rows`; each thread has a Reader of its own, all share the trace,
     the window and the residents. One lock guards them; no thread holds it while it waits for bytes.
     `order` is the first guess at the operator order. `on_resident` is called, under the lock, when a
     weight has become resident.
@@ -81,6 +81,31 @@ class Coordinator:
 
     def whole(self, weight: Weight) -> torch.Tensor:
         """The tensor of `weight`, read ahead if the trace foresaw it, else read now, ahead of all else."""
+        return self._all_of(weight, foreseen=True)
+
+    def settled(self, weight: Weight) -> torch.Tensor | None:
+        """All of `weight`, of which rows are asked for, if it comes to stay with that; None where it does not.
+
+        The trace learns nothing from it: once the weight stays, nobody asks here any more, and where it has to leave,
+        rows are asked for again. For want of room nothing is raised, as rows are enough.
+        """
+        with self._lock:
+            self.refuse_closed()
+            if weight.resident is not None:
+                return weight.resident
+            if not self.device.settles(weight):
+                return None
+        try:
+            return self._all_of(weight, foreseen=False)
+        except OutOfMemoryError:
+            with self._lock:
+                self.device.refused(weight)
+            return None
+        except BudgetError:
+            return None
+
+    def _all_of(self, weight: Weight, *, foreseen: bool) -> torch.Tensor:
+        """See whole(); `foreseen`: it is one of those that the trace follows."""
         reader = self._reader()
         with self._lock:
             self.refuse_closed()
@@ -88,7 +113,7 @@ class Coordinator:
             if resident is not None:
                 return resident
             reader.touched = time.monotonic()
-            fetch = reader.advance(weight)
+            fetch = reader.advance(weight) if foreseen else None
             reader.held = None
             if fetch is None:
                 self.counters.misses += 1

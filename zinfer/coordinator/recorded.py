@@ -33,6 +33,14 @@ class RecordedCoordinator(Coordinator):
         self._recorder.got(weight.name, self.device.in_use)
         return tensor
 
+    def settled(self, weight: Weight) -> torch.Tensor | None:
+        """As Coordinator.settled."""
+        self._recorder.asked()
+        tensor = super().settled(weight)
+        if tensor is not None:
+            self._recorder.got(weight.name, self.device.in_use)
+        return tensor
+
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """As Coordinator.rows."""
         self._recorder.asked()

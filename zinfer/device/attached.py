@@ -164,6 +164,10 @@ class AttachedDevice(Host):
             self.residents is not None and self.residents.has(weight)
         )
 
+    def settles(self, weight: Weight) -> bool:
+        """See Device."""
+        return weight.wants_residence and (self.in_place(weight) or self.has_window_for(weight))
+
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> LiftedFetch | None:
         """Begin to bring `weight` to the device, or None when the host's window has no room within `timeout`.
 
@@ -226,6 +230,7 @@ class AttachedDevice(Host):
                 request = self.read(weight.layout, memory, address, urgent=True)
                 self.note(request, weight.name, "demand")
                 request.wait()
+                self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
                 self._kept[weight] = memory
         return True
 
@@ -249,8 +254,8 @@ class AttachedDevice(Host):
                         f"there holds {self.window_bytes}: end what else uses its memory"
                     )
                 if fetch.settles:
-                    weight.wants_residence = fetch.settles = False
-                    self.refused_bytes = self._refusals.add(weight, nbytes)
+                    fetch.settles = False
+                    self.refused(weight)
                 lease = arena.acquire(nbytes, timeout)
             elif fetch.settles:
                 self._refusals.came_back(weight)
@@ -271,6 +276,11 @@ class AttachedDevice(Host):
         own.close()
         return lease
 
+    def refused(self, weight: Weight) -> None:
+        """See Device: it streams from now on, and what it would have taken counts as lost (see residency.py)."""
+        weight.wants_residence = False
+        self.refused_bytes = self._refusals.add(weight, self._layout(weight).nbytes)
+
     def shortage(self, weight: Weight) -> BudgetError:
         """What to raise where `weight` waited for room in vain."""
         host = self.window.in_use if self.window is not None else 0
@@ -282,15 +292,18 @@ class AttachedDevice(Host):
         )
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """As Host.read_rows, on the device."""
-        if self._moved.pool(weight) is not None:
+        """As Host.read_rows, on the device. A weight that has a place in host memory is read to it whole, once."""
+        if self.in_place(weight):
             self.bring(weight)
-        kept = self._kept.get(weight)
-        placed = weight.placed
-        if kept is not None and placed is not None:
-            table = view_of(kept, weight.layout.starts[0], placed)
-            return flagged(table[torch.tensor(rows)].to(self.torch_device), weight.requires_grad)
-        return flagged(super().read_rows(weight, rows).to(self.torch_device), weight.requires_grad)
+        kept, placed = self._kept.get(weight), weight.row_source
+        if kept is None or placed is None:
+            found = super().read_rows(weight, rows)
+        else:
+            table, whole = view_of(kept, weight.layout.starts[0], placed), rows[-1] - rows[0] + 1 == len(rows)
+            # Rows beside each other as they lie: one alone is what `weight[i]` is, and stands at its address.
+            found = table[rows[0] : rows[-1] + 1] if whole else table[torch.tensor(rows)]
+            found = found.to(weight.dtype)
+        return flagged(found.to(self.torch_device), weight.requires_grad)
 
     def _layout(self, weight: Weight) -> Layout:
         layout = self._layouts.get(weight)

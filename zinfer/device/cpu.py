@@ -62,9 +62,15 @@ class CpuDevice(Host):
         residents = self.residents
         if residents is None or not weight.wants_residence or not residents.has(weight):
             return False
-        window = self.window
-        fits = window is not None and weight.layout.nbytes <= window.capacity
-        return residents.ready(weight) or not fits
+        return residents.ready(weight) or not self.has_window_for(weight)
+
+    def settles(self, weight: Weight) -> bool:
+        """See Device: not before its place is present, though `in_place` may be true of a large weight before that."""
+        if not weight.wants_residence:
+            return False
+        if weight.placed is None:
+            return self.has_window_for(weight)
+        return self.residents is not None and self.residents.ready(weight)
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Fetch | None:
         """Begin to read `weight`, or None when the window has no room for it within `timeout` seconds."""
@@ -94,6 +100,9 @@ class CpuDevice(Host):
             "bytes are held by tensors still in use (an operator that takes several weights, or views kept by the "
             f"caller); raise max_memory['cpu'] by {weight.layout.nbytes} bytes"
         )
+
+    def refused(self, weight: Weight) -> None:
+        """Nothing: each resident has its place from the start."""
 
     def enter(self) -> None:
         """Nothing: operators have run when they return."""

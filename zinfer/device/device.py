@@ -80,6 +80,9 @@ class Device(Protocol):
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` takes no room in the window that is read into."""
 
+    def settles(self, weight: Weight) -> bool:
+        """Whether a fetch of all of `weight` now would bring it to where it is to be resident."""
+
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> Any:
         """Begin to fetch `weight`, or None when there is no room for it within `timeout` seconds."""
 
@@ -88,6 +91,9 @@ class Device(Protocol):
 
     def lift(self, fetch: Any, timeout: float = 0.0) -> bool:
         """Find room for `fetch` where operators compute; whether there was any within `timeout` seconds."""
+
+    def refused(self, weight: Weight) -> None:
+        """There was no memory for `weight` to stay where operators compute; nobody needs all of it."""
 
     def shortage(self, weight: Weight) -> BudgetError:
         """What to raise where `weight` waited for room in vain."""

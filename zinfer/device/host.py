@@ -126,6 +126,10 @@ class Host:
         if self.residents is not None:
             self.residents.hurry()
 
+    def has_window_for(self, weight: Weight) -> bool:
+        """Whether the window can hold `weight`, once it has room."""
+        return self.window is not None and weight.layout.nbytes <= self.window.capacity
+
     def window_room(self, weight: Weight, timeout: float) -> Any | None:
         """A region of the window for `weight`, or None when there is none within `timeout` seconds."""
         window = self.window

@@ -27,6 +27,17 @@ def check_kv_offload(kv_offload: Any, *, attached: bool) -> None:
         )
 
 
+def check_cache_implementation(implementation: Any) -> None:
+    """Raises OptionError where generate() would make a cache of a kind that stays on the device."""
+    if implementation in (None, "dynamic", "dynamic_full"):
+        return
+    raise OptionError(
+        f"cache_implementation={brief(implementation)}: kv_offload='cpu' has no effect on such a cache, which would be "
+        "on the device; leave cache_implementation out (or give 'dynamic', where the model's generation_config names "
+        "it), or load the model without kv_offload"
+    )
+
+
 def check_model(model: nn.Module) -> None:
     """Raises OptionError where the caches of `model` cannot be in host memory, with the reason."""
     config: Any = getattr(model, "config", None)

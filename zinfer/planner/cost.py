@@ -63,10 +63,6 @@ class Work:
         """Bytes that the cache takes with `batch` sequences, rounded up."""
         return -(-self.cache_bytes * batch // self.batch)
 
-    def memory(self, batch: int) -> int:
-        """Bytes that cache and activations take with `batch` sequences, rounded up."""
-        return -(-(self.cache_bytes + self.activation_bytes) * batch // self.batch)
-
 
 @dataclass(frozen=True)
 class Bounds:

@@ -2,8 +2,9 @@
 
 Any torch operator that touches one runs with the real tensor instead. `__torch_function__` sees calls
 made from Python, `__torch_dispatch__` what slips past it (`weight.T`, scripted code). What an operator
-needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[i]`) from `source.rows`.
-Where memory runs out in one, the source gives some back, and it runs once more.
+needs in full comes from `source.whole`; a lookup of rows (F.embedding, `weight[i]`) from `source.rows`, unless
+the weight is to stay: then `source.settled` brings all of it, once. Where memory runs out in an operator, the source
+gives some back, and it runs once more.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class WeightSource(Protocol):
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
+        ...
+
+    def settled(self, weight: Weight) -> torch.Tensor | None:
+        """The tensor of `weight`, if it is to stay and can come to do so now; None: ask for rows."""
         ...
 
     def done(self, weight: Weight) -> None:
@@ -81,9 +86,7 @@ class StreamedParameter(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         weight = self.weight
-        return (
-            f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype}, tier={weight.tier!r})"
-        )
+        return f"StreamedParameter({weight.name!r}, {list(weight.shape)}, {weight.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedParameter:
         return memo.setdefault(id(self), StreamedParameter(self.weight, self.source, self.device))
@@ -320,7 +323,7 @@ def _no_bytes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those."""
+    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those; or all, to stay."""
     ids = args[0] if args else kwargs["input"]
     parameter = args[1] if len(args) > 1 else kwargs["weight"]
     max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
@@ -335,11 +338,14 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     rows = distinct.tolist()
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:
         raise IndexError(f"token id {rows[0] if rows[0] < 0 else rows[-1]} outside 0..{weight.shape[0] - 1}")
+    table = parameter.source.settled(weight)
+    if table is not None:
+        return F.embedding(_real(ids), table)
     return F.embedding(positions, parameter.source.rows(weight, rows))
 
 
 def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`weight[e]` with an integer: only that slice is read."""
+    """`weight[e]` with an integer: only that slice is read, unless all of the weight is to stay."""
     parameter, index = args
     if type(parameter) is StreamedParameter and _is_integer(index):
         weight, row = parameter.weight, int(index)
@@ -348,6 +354,9 @@ def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             and weight.row_source is not None
             and -weight.shape[0] <= row < weight.shape[0]
         ):
+            table = parameter.source.settled(weight)
+            if table is not None:
+                return func(table, _real(index))
             return parameter.source.rows(weight, [row % weight.shape[0]])[0]
     return func(_real(parameter), _real(index))
 

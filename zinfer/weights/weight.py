@@ -1,4 +1,4 @@
-"""One weight of the model: what it is, how its bytes are obtained, and where it is held now."""
+"""One weight of the model: what it is, how its bytes are obtained, and its tensor once that has come to stay."""
 
 from __future__ import annotations
 
@@ -75,10 +75,5 @@ class Weight:
         """Bytes of checkpoint that one fetch reads."""
         return sum(piece.run.length for piece in self.layout.pieces)
 
-    @property
-    def tier(self) -> str:
-        """`host` once resident, else `nvme`."""
-        return "nvme" if self.resident is None else "host"
-
     def __repr__(self) -> str:
-        return f"Weight({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.tier})"
+        return f"Weight({self.name!r}, {tuple(self.shape)}, {self.dtype})"
