@@ -100,7 +100,7 @@ def open_attached(
         conversions=tiers.device_conversions,
         small=there.small_bytes,
         bounce=0,
-        key=processor.torch_device.index or 0,
+        key=processor.number,
         overhead=processor.overhead,
     )
     on_host = Account(

@@ -146,6 +146,12 @@ class CudaProcessor:
             min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE + PARTLY_FILLED
         )  # others' memory counts in `outside` too
 
+    @property
+    def number(self) -> int:
+        """See Processor."""
+        index: int = self.torch_device.index
+        return index
+
     def current(self) -> AbstractContextManager[Any]:
         """See Processor."""
         return torch.cuda.device(self.torch_device)
@@ -158,7 +164,7 @@ class CudaProcessor:
     def free(self) -> int:
         """See Processor. A share that somebody else has set for this process holds here too."""
         with _limits_lock:
-            limits = _limits.get(self.torch_device.index)
+            limits = _limits.get(self.number)
             return self._left(limits.before if limits is not None and limits.in_force else self._share())
 
     def _left(self, share: float) -> int:
@@ -172,7 +178,7 @@ class CudaProcessor:
         """The share of the device that torch may have now."""
         if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 may lack it
             return torch.cuda.get_per_process_memory_fraction(self.torch_device)
-        limits = _limits.get(self.torch_device.index)
+        limits = _limits.get(self.number)
         return limits.share if limits is not None and limits.in_force else 1.0
 
     def limit(self, nbytes: int | None) -> None:
@@ -182,7 +188,7 @@ class CudaProcessor:
         there before the first of them. What it takes besides later counts against them.
         """
         with _limits_lock:
-            limits = _limits.setdefault(self.torch_device.index, _Limits())
+            limits = _limits.setdefault(self.number, _Limits())
             if nbytes is None:
                 if limits.each.pop(id(self), None) is None:
                     return
@@ -215,7 +221,7 @@ class CudaProcessor:
             free = self.memory()[0]
             raise OutOfMemoryError(
                 f"{self.name} has {free} bytes free; tried to allocate {nbytes} bytes: end what else uses it, or lower "
-                f"max_memory[{self.torch_device.index}]"
+                f"max_memory[{self.number}]"
             ) from error
         # torch's allocator waits for them before it gives the memory away
         for stream in (*self._streams.values(), *self._caches.values(), self._poisoning):

@@ -54,6 +54,10 @@ class Processor(Protocol):
     overhead: int  # bytes that running anything there takes besides what is allocated
     keeps_residue: bool  # operators depend on addresses modulo layout.VECTOR, as a CPU's do
 
+    @property
+    def number(self) -> int:
+        """That by which max_memory names the device."""
+
     def current(self) -> AbstractContextManager[Any]:
         """The device is the calling thread's, meanwhile, for calls of its runtime that name none."""
 

@@ -90,6 +90,11 @@ class StagedProcessor:
         self._copying: list[tuple[StagedEvent, list[Span]]] = []
         self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 
+    @property
+    def number(self) -> int:
+        """See Processor."""
+        return 0
+
     def current(self) -> AbstractContextManager[Any]:
         """See Processor. There is nothing to choose."""
         return nullcontext()
