@@ -35,6 +35,13 @@ logger = logging.getLogger("zinfer")
 MEMORY = "host memory"  # what the report calls it
 
 
+class Kept(NamedTuple):
+    """Memory that a weight lies in on the host, and its mapping, at whose slab edges copies are cut."""
+
+    memory: Any
+    pool: Pool | None
+
+
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
     """Where the tensors that `weight` is made of stand in its memory on a device."""
     return lay_out_apart(weight.layout, placements_of(weight.provenance), ALIGNMENT, residues=residues)
@@ -67,7 +74,7 @@ class AttachedDevice(Host):
         self.processor = processor
         self.torch_device = processor.torch_device
         self.name = processor.name
-        self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
+        self._kept: dict[Weight, Kept] = {}  # weights that have come to stay in host memory
         self._layouts: dict[Weight, Layout] = {}
         self._bringing = threading.RLock()
         self.page_locks = PageLocks(processor)
@@ -169,20 +176,22 @@ class AttachedDevice(Host):
 
         The fetch goes on to the device once `lift` has found room for it there.
         """
-        generation, in_place = self.generation, self.in_place(weight)
-        memory, request = self._kept.get(weight), None
-        if memory is None:
+        generation, request = self.generation, None
+        there = self._kept.get(weight)
+        in_place = there is not None
+        if there is None:
             place = self._place(weight, timeout)
             if place is None:
                 return None
-            memory, address = place
-            request = self.read(weight.layout, memory, address, urgent)
+            there, address = place
+            in_place = there.pool is not self.window
+            request = self.read(weight.layout, there.memory, address, urgent)
             self.note(request, weight.name, "demand" if urgent else "prefetch")
         fetch = LiftedFetch(
             weight,
             request,
-            memory,
-            partial(self._start_copy, weight, self._pool_of(weight), in_place and request is not None),
+            there.memory,
+            partial(self._start_copy, weight, there.pool, in_place and request is not None),
             self._copying,
             partial(self._tensor_of, weight),
             self._follow,
@@ -193,25 +202,33 @@ class AttachedDevice(Host):
         weight.fetch = weakref.ref(fetch)
         return fetch
 
-    def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
+    def _place(self, weight: Weight, timeout: float) -> tuple[Kept, int] | None:
         """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
-        moved = self._moved.pool(weight)
-        if moved is None and self.in_place(weight):
-            assert self.residents is not None
-            return self.residents.take(weight)
-        memory = (
-            self.window_room(weight, timeout)
-            if moved is None
-            else moved.acquire(weight.layout.nbytes, timeout)
-        )
-        return None if memory is None else (memory, memory.address)
+        moved = self._moved.pool(weight)  # asked once: it may be taken away meanwhile
+        if moved is None and self.residents is not None and self.residents.has(weight):
+            view, address = self.residents.take(weight)
+            return Kept(view, self.residents.pool), address
+        if moved is None:
+            pool, memory = self.window, self.window_room(weight, timeout)
+        else:
+            pool, memory = moved, moved.acquire(weight.layout.nbytes, timeout)
+        return None if memory is None else (Kept(memory, pool), memory.address)
 
     def _pool_of(self, weight: Weight) -> Pool | None:
         """The mapping that `weight` is read into."""
         moved = self._moved.pool(weight)
         if moved is not None:
             return moved
-        return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
+        if self.residents is not None and self.residents.has(weight):
+            return self.residents.pool
+        return self.window
+
+    def _keep(self, weight: Weight, there: Kept) -> None:
+        """`weight` stays `there`, unless it lost the place while it came. See Moved, which takes no lock either."""
+        self._kept[weight] = there
+        # Asked afterwards: who takes a place away, or closes, empties `_kept` after that. So one of both finds it.
+        if self._closed or self._pool_of(weight) is not there.pool:
+            self._kept.pop(weight, None)
 
     def bring(self, weight: Weight) -> bool:
         """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
@@ -222,11 +239,11 @@ class AttachedDevice(Host):
                 place = self._place(weight, self.patience)
                 if place is None:
                     return False
-                memory, address = place
-                request = self.read(weight.layout, memory, address, urgent=True)
+                there, address = place
+                request = self.read(weight.layout, there.memory, address, urgent=True)
                 self.note(request, weight.name, "demand")
                 request.wait()
-                self._kept[weight] = memory
+                self._keep(weight, there)
         return True
 
     def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
@@ -308,7 +325,7 @@ class AttachedDevice(Host):
         """
         self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
         if stays:
-            self._kept[weight] = memory
+            self._keep(weight, Kept(memory, pool))
         placements = placements_of(weight.provenance)
         starts = zip(weight.layout.starts, self._layout(weight).starts, placements, strict=True)
         moves = []
