@@ -63,9 +63,9 @@ class Rounding(StagedProcessor):
         """See Processor."""
         return super().block(self.allocated(nbytes))
 
-    def limit(self, nbytes: int | None) -> None:
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
         """See Processor."""
-        super().limit(None if nbytes is None else nbytes + self.overhead)
+        super().limit(None if nbytes is None else nbytes + self.overhead, holder)
 
 
 # Caches in host memory.

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -54,7 +54,8 @@ class AttachedDevice(Host):
     in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
     and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
     A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
-    Any thread may call any method.
+    `limit`: the bytes that may be allocated on the device from now on until it is closed, or dropped; None: as many as
+    it has. Any thread may call any method.
     """
 
     patience = 10.0  # copies and their threads give memory back, when they come to it
@@ -68,6 +69,7 @@ class AttachedDevice(Host):
         device_window: int,
         bounce: int,
         *,
+        limit: int | None = None,
         spare: int = 0,
         recorder: Recorder | None = None,
     ) -> None:
@@ -84,8 +86,17 @@ class AttachedDevice(Host):
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
         self._moved = Moved(processor, spare, self._kept, lock)
-        with processor.current():  # memory is page-locked through it
-            super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        holder = object()  # of the limit: the processor may have other devices
+        self._lift_limit = weakref.finalize(self, processor.limit, None, holder)
+        self._lift_limit.atexit = False
+        try:
+            if limit is not None:
+                processor.limit(limit, holder)
+            with processor.current():  # memory is page-locked through it
+                super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        except BaseException:
+            self._lift_limit()
+            raise
         try:
             self._arena = Arena(processor, device_window) if device_window else None
             self.page_locks.check(self.pools, MEMORY, self._arena)
@@ -136,6 +147,7 @@ class AttachedDevice(Host):
             self._arena.close()
         self._kept.clear()
         self._moved.close()
+        self._lift_limit()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
@@ -215,7 +227,7 @@ class AttachedDevice(Host):
         return None if memory is None else (Kept(memory, pool), memory.address)
 
     def _pool_of(self, weight: Weight) -> Pool | None:
-        """The mapping that `weight` is read into."""
+        """The mapping that `weight` is read into now."""
         moved = self._moved.pool(weight)
         if moved is not None:
             return moved
@@ -305,7 +317,7 @@ class AttachedDevice(Host):
         kept = self._kept.get(weight)
         placed = weight.placed
         if kept is not None and placed is not None:
-            table = view_of(kept, weight.layout.starts[0], placed)
+            table = view_of(kept.memory, weight.layout.starts[0], placed)
             return flagged(table[torch.tensor(rows)].to(self.torch_device), weight.requires_grad)
         return flagged(super().read_rows(weight, rows).to(self.torch_device), weight.requires_grad)
 

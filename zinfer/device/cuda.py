@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
 class _Limits:
     """Of one device, for which torch knows one limit: a share of it, and whatever torch has reserved there counts."""
 
-    each: dict[int, int] = field(default_factory=dict)  # bytes for each processor that limits it
+    # bytes for each who has a limit: a processor, by id, and the holder
+    each: dict[tuple[int, object], int] = field(default_factory=dict)
     # bytes that torch had reserved when the first of them came, cuBLAS's workspace perhaps among them
     others: int = 0
     before: float = 1.0  # the share that held then, and holds again after the last
@@ -181,36 +183,26 @@ class CudaProcessor:
         limits = _limits.get(self.number)
         return limits.share if limits is not None and limits.in_force else 1.0
 
-    def limit(self, nbytes: int | None) -> None:
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
         """See Processor: of what torch allocates, whoever asks; cuBLAS's workspace and segments not full besides.
 
         torch knows one limit a device: that is the sum over the models which compute there, and what the process had
-        there before the first of them. What it takes besides later counts against them.
+        there before the first of them. What it takes besides later counts against them. A limit ends with its
+        processor, too.
         """
+        if nbytes is None:
+            _lift(self.torch_device, id(self), holder)
+            return
         with _limits_lock:
             limits = _limits.setdefault(self.number, _Limits())
-            if nbytes is None:
-                if limits.each.pop(id(self), None) is None:
-                    return
-            else:
-                limits.each[id(self)] = nbytes  # first: now no finalizer can find that nobody has a limit
-                if not limits.in_force:
-                    torch.cuda.empty_cache()  # what is idle can be had anew: it is nobody's
-                    limits.before = self._share()
-                    limits.others = torch.cuda.memory_reserved(self.torch_device)
-            self._enforce(limits)
-
-    def _enforce(self, limits: _Limits) -> None:
-        """Tell torch; once more where a finalizer that ran meanwhile on this thread has lifted a limit."""
-        total = torch.cuda.mem_get_info(self.torch_device)[1]
-        while True:
-            each = dict(limits.each)
-            most = limits.others + sum(each.values()) + WORKSPACE + PARTLY_FILLED
-            limits.share = min(limits.before, most / total) if each else limits.before
-            torch.cuda.set_per_process_memory_fraction(limits.share, self.torch_device)
-            limits.in_force = bool(each)
-            if limits.each == each:
-                return
+            if all(processor != id(self) for processor, _ in list(limits.each)):
+                weakref.finalize(self, _lift, self.torch_device, id(self), None).atexit = False
+            limits.each[id(self), holder] = nbytes  # first: now no finalizer can find that nobody has a limit
+            if not limits.in_force:
+                torch.cuda.empty_cache()  # what is idle can be had anew: it is nobody's
+                limits.before = self._share()
+                limits.others = torch.cuda.memory_reserved(self.torch_device)
+            _enforce(limits, self.torch_device)
 
     def block(self, nbytes: int) -> torch.Tensor:
         """See Processor."""
@@ -313,8 +305,32 @@ class CudaProcessor:
             block.record_stream(stream)
 
     def close(self) -> None:
-        """See Processor: its streams end with it."""
-        self.limit(None)
+        """See Processor: it has none, and its streams end with it."""
+
+
+def _enforce(limits: _Limits, device: torch.device) -> None:
+    """Tell torch; once more where a finalizer that ran meanwhile on this thread has lifted a limit."""
+    total = torch.cuda.mem_get_info(device)[1]
+    while True:
+        each = dict(limits.each)
+        most = limits.others + sum(each.values()) + WORKSPACE + PARTLY_FILLED
+        limits.share = min(limits.before, most / total) if each else limits.before
+        torch.cuda.set_per_process_memory_fraction(limits.share, device)
+        limits.in_force = bool(each)
+        if limits.each == each:
+            return
+
+
+def _lift(device: torch.device, processor: int, holder: object) -> None:
+    """End the limit that the processor with the id `processor` has for `holder`; None: all that it has."""
+    with _limits_lock:
+        limits = _limits.get(device.index)
+        found = [] if limits is None else [key for key in list(limits.each) if key[0] == processor]
+        ended = [key for key in found if holder is None or key[1] is holder]
+        if limits is not None and ended:
+            for key in ended:
+                limits.each.pop(key, None)
+            _enforce(limits, device)
 
 
 class _Owner:

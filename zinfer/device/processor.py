@@ -67,8 +67,12 @@ class Processor(Protocol):
     def free(self) -> int:
         """Bytes that can be allocated now but for those limits: what one model more may have."""
 
-    def limit(self, nbytes: int | None) -> None:
-        """Refuse, from now on, to let this process allocate more than `nbytes`; None: no limit any more."""
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
+        """Refuse, from now on, to let this process allocate more than `nbytes` bytes; None: no limit any more.
+
+        `holder`, if any: whom the limit is for, where several models compute there. With none, None lifts the limits
+        of all of them.
+        """
 
     def block(self, nbytes: int) -> Any:
         """Memory, aligned to ALIGNMENT. Raises OutOfMemoryError where the device has not got it."""
@@ -125,4 +129,4 @@ class Processor(Protocol):
         """`block` is given up; these bytes stay what they are until all that `streams` were given has run."""
 
     def close(self) -> None:
-        """End its threads, if it has any, and lift its limit."""
+        """End its threads, if it has any."""

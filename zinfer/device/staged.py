@@ -119,8 +119,8 @@ class StagedProcessor:
             most = self._total - self._claimed
             return max(0, (most if self._limit is None else min(self._limit, most)) - self._allocated)
 
-    def limit(self, nbytes: int | None) -> None:
-        """See Processor."""
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
+        """See Processor. One model, one limit."""
         self._limit = nbytes
 
     def block(self, nbytes: int) -> Any:
