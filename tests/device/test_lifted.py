@@ -406,9 +406,10 @@ class OneStreamAThread(StagedProcessor):
         """See Processor."""
         return threading.current_thread().name
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+    def used(self, memory: Any, stream: Any) -> None:
         """See Processor."""
-        self.told.append((tensor.data_ptr(), stream))
+        if isinstance(memory, torch.Tensor):
+            self.told.append((memory.data_ptr(), stream))
 
 
 def on_thread(name: str, work: Any) -> None:

@@ -281,10 +281,10 @@ class CudaProcessor:
         end.event.record(stream)
         return end
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+    def used(self, memory: Any, stream: Any) -> None:
         """See Processor. torch does nothing where the memory is not its own."""
         with torch.no_grad():
-            tensor.record_stream(stream)
+            memory.record_stream(stream)
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor."""

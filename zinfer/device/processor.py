@@ -116,14 +116,18 @@ class Processor(Protocol):
     def fence(self, stream: Any) -> Event:
         """An event reached when all that `stream` was given so far has run."""
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Operators on `stream` read `tensor`, which others made: its memory is not used anew before they have run.
+    def used(self, memory: Any, stream: Any) -> None:
+        """Operators on `stream` read `memory`: once it has died, it is not used anew before they have run.
 
-        For memory that is not a block's: an operator's result.
+        `memory`: a tensor, the result of an operator on another stream, or a block. What `stream` is given until it
+        dies counts too.
         """
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
-        """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more."""
+        """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more.
+
+        It does not hold `block`, which has to know of `streams` (see `used`): it may die before they are reached.
+        """
 
     def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
         """`block` is given up; these bytes stay what they are until all that `streams` were given has run."""
