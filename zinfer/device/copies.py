@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zinfer")
 
-LOOK_EVERY = (
-    0.002  # seconds after which a read that has not landed no longer keeps what came after it waiting
-)
+LOOK_EVERY = 0.002  # seconds that what came later waits at most for a read that has not landed
 
 
 class Copies:
