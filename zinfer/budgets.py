@@ -55,7 +55,7 @@ def host_budget(ceiling: int | None, spare: int) -> int:
 def device_budget(processor: Processor, ceiling: int | None) -> int:
     """Bytes that may be allocated on the device. Raises BudgetError for a ceiling above what it has."""
     free, total = processor.free(), processor.memory()[1]
-    key = f"max_memory[{processor.torch_device.index or 0}]"
+    key = f"max_memory[{processor.number}]"
     if ceiling is not None and ceiling > total:
         raise BudgetError(
             f"{key} is {ceiling} bytes, but {processor.name} has {total}; ask for at most {free}, what is free now"
@@ -94,7 +94,7 @@ def tiers_within(
 
     Raises BudgetError with the budget that would do, of the tier that is too small.
     """
-    key = f"max_memory[{processor.torch_device.index or 0}]"
+    key = f"max_memory[{processor.number}]"
     needed = there.needed(offload)
     if needed > budget:
         what = (

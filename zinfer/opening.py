@@ -79,7 +79,6 @@ def open_attached(
     tiers = tiers_within(parts, there, offload, budget, processor, kv_offload=target.kv_offload)
     for index in tiers.device:
         parts.weights[index].wants_residence = True
-    processor.limit(budget)
     planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
     device = AttachedDevice(
         processor,
@@ -88,6 +87,7 @@ def open_attached(
         tiers.host_window,
         tiers.device_window,
         parts.bounce,
+        limit=budget,
         spare=0 if target.kv_offload else max(parts.budget - planned, 0),  # caches are to have it
         recorder=recorder,
     )
@@ -100,7 +100,7 @@ def open_attached(
         conversions=tiers.device_conversions,
         small=there.small_bytes,
         bounce=0,
-        key=processor.torch_device.index or 0,
+        key=processor.number,
         overhead=processor.overhead,
     )
     on_host = Account(

@@ -30,7 +30,7 @@ class Attached:
     @property
     def number(self) -> int:
         """That by which max_memory names it."""
-        return self.processor.torch_device.index or 0
+        return self.processor.number
 
 
 @dataclass

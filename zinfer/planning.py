@@ -83,7 +83,7 @@ def plan(
             f"device has no effect on hardware other than 'this': {given.name} says itself what computes there"
         )
     processor = processor_for(device) if given is None else None
-    number = 0 if processor is None else processor.torch_device.index or 0
+    number = 0 if processor is None else processor.number
     ceilings = _ceilings(max_memory) if given is not None else _ceilings_here(max_memory, processor)
     with torch.inference_mode(False):
         outline = outline_of(model, checked_dtype(dtype), options)
@@ -365,7 +365,7 @@ def _ceilings_here(
     max_memory: Mapping[Any, int | str] | None, processor: Processor | None
 ) -> dict[str | int, int]:
     """As _ceilings, for this machine: `processor` has the number, or name, that zinfer.run gives it."""
-    number = None if processor is None else processor.torch_device.index or 0
+    number = None if processor is None else processor.number
     host, device = ceilings_of_run(max_memory, number)
     given: dict[str | int, int | None] = {"cpu": host, 0: device}
     return {key: size for key, size in given.items() if size is not None}

@@ -104,7 +104,7 @@ def run(
         )
     recorder = Recorder() if timeline else None
     processor = processor_for(device, timed=timeline)
-    number = None if processor is None else processor.torch_device.index or 0
+    number = None if processor is None else processor.number
     check_kv_offload(kv_offload, attached=processor is not None)
     target = Target(processor, *ceilings(max_memory, number), kv_offload is not None)
     with torch.inference_mode(False):  # tensors made in inference mode would be of no use outside it

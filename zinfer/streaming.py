@@ -15,7 +15,7 @@ from zinfer.budgets import default_budget, host_budget
 from zinfer.coordinator.coordinator import Coordinator
 from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.device import Device
-from zinfer.errors import OptionError
+from zinfer.errors import OptionError, OutOfMemoryError
 from zinfer.opening import Target, open_attached, open_cpu
 from zinfer.parts import Account, Held, Parts, Slot, gather
 from zinfer.planner.placement import Footprint, Placement
@@ -24,6 +24,7 @@ from zinfer.weights.layout import placements_of
 from zinfer.weights.loading import parameter_slots
 from zinfer.weights.lowering import Placed, Replayed
 from zinfer.weights.parameter import StreamedParameter
+from zinfer.weights.shortage import in_short, ran_out
 from zinfer.weights.symbolic import SymbolicTensor, evaluate
 from zinfer.weights.weight import Weight
 
@@ -81,7 +82,8 @@ def stream(
     `offload` as for zinfer.run. `target`: where it computes, within which ceilings; what is free where none are set.
     `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
     told what happens.
-    Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
+    Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works, and
+    OutOfMemoryError where the memory that the plan counts with is not there.
     """
     free = default_budget()  # asked once, before anything is allocated
     held = gather(model)
@@ -116,8 +118,14 @@ def stream(
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)
-    except BaseException:
+    except BaseException as error:
         device.close()
+        if ran_out(error) and not isinstance(error, OutOfMemoryError):
+            key = "cpu" if processor is None else processor.number
+            raise OutOfMemoryError(
+                f"memory on {device.name} ran out while the model was brought there ({in_short(str(error))}): end what "
+                f"else uses it, or lower max_memory[{key!r}]"
+            ) from error
         raise
     return streaming
 

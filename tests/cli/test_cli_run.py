@@ -14,6 +14,7 @@ import transformers
 
 import zinfer
 from tests.cli.conftest import BERT, T5, started
+from tests.device.test_choose import BUSY, FULL, refuse
 from zinfer.cli import run as run_command
 from zinfer.device.staged import StagedProcessor
 
@@ -114,6 +115,16 @@ def test_it_computes_where_it_is_told(llama, command, monkeypatch, tmp_path):
     assert (status, out, asked) == (0, text + "\n", ["cuda:0"])
     device = json.loads(path.read_text())["report"]["device"]
     assert (device["name"], device["budget"]) == ("staged", 100 << 20)
+
+
+@pytest.mark.parametrize(("error", "status"), [(FULL[0], 1), (FULL[1], 1), (BUSY, 2)])
+@pytest.mark.parametrize("arguments", [("run", "--prompt", PROMPT), ("plan",)])
+def test_a_gpu_that_is_full_or_busy_is_told_in_a_line(arguments, error, status, llama, command, monkeypatch):
+    refuse(monkeypatch, error)
+    name, *rest = arguments
+    found, out, err = command(name, llama, *rest, "--device", "cuda:0")
+    assert (found, out) == (status, "")
+    assert err.startswith("zinfer: error: device='cuda:0'") and err.count("\n") == 1
 
 
 def test_sampling_repeats_with_its_seed(llama, command):

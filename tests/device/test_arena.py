@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +44,80 @@ class TwoStreams(StagedProcessor):
     def let_go(self, block: Any, start: int, nbytes: int, streams: Any) -> None:
         self.given_up.append(list(streams))
         super().let_go(block, start, nbytes, streams)
+
+
+class Forgetful(StagedProcessor):
+    """Holds nothing that was given up, as a GPU; writes down which streams a block knew of when it died."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.told: list[Any] = []
+        self.died: list[list[Any]] = []
+        self.on_retire: Callable[[], None] = lambda: None
+
+    def block(self, nbytes: int) -> Any:
+        """See Processor."""
+        block = super().block(nbytes)
+        weakref.finalize(block, lambda: self.died.append(list(self.told))).atexit = False
+        return block
+
+    def used(self, memory: Any, stream: Any) -> None:
+        """See Processor."""
+        self.told.append(stream)
+
+    def retire(self, block: Any, start: int, nbytes: int, streams: Any) -> list[Any]:
+        """See Processor."""
+        self.on_retire()
+        return []
+
+
+def use(arena: Arena, *streams: str) -> None:
+    """Operators on `streams` read a lease, which returns."""
+    lease = arena.acquire(UNIT)
+    assert lease is not None
+    for stream in streams:
+        lease.used_on(stream)
+
+
+def test_memory_goes_back_with_every_stream_that_any_lease_was_used_on():
+    processor = Forgetful()
+    arena = Arena(processor, UNIT)
+    use(arena, "first")
+    use(arena, "first", "second")
+    use(arena, "second")
+    assert processor.told == ["first", "second"], "each is to be told once"
+    assert arena.in_use == 0
+    arena.close()
+    assert processor.died == [["first", "second"]]
+
+
+def test_an_arena_that_is_dropped_has_told_its_streams():
+    processor = Forgetful()
+    arena = Arena(processor, UNIT)
+    use(arena, "computing")
+    arena.acquire(1)
+    del arena
+    gc.collect()
+    assert processor.died == [["computing"]]
+
+
+def test_an_arena_that_is_closed_while_a_lease_returns_has_told_its_streams():
+    processor = Forgetful()
+    arena = Arena(processor, UNIT)
+    processor.on_retire = arena.close
+    use(arena, "computing")
+    assert processor.died == [["computing"]]
+
+
+def test_memory_that_could_be_given_away_under_operators_is_told():
+    processor = StagedProcessor(1 << 20, check=True)
+    block = processor.block(UNIT)
+    processor.used(block, "known")
+    processor.retire(block, 0, UNIT, ["known"])
+    assert processor.races == []
+    processor.retire(block, 0, UNIT, ["known", "unknown"])
+    assert len(processor.races) == 1 and "given away" in processor.races[0]
+    processor.close()
 
 
 def test_a_lease_returns_with_its_last_view_and_not_before():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -70,7 +72,8 @@ def processor() -> CudaProcessor:
 
 def test_what_the_process_has_already_does_not_count_against_the_limit(card):
     card.take(3000 * MIB, idle=500 * MIB)
-    processor().limit(1000 * MIB)
+    running = processor()
+    running.limit(1000 * MIB)
     assert card.most == 4000 * MIB + BESIDES
     assert card.reserved == 3000 * MIB, "what is idle counts as if somebody had it"
 
@@ -144,6 +147,31 @@ def test_a_finalizer_may_lift_a_limit_while_another_is_set(card):
     card.on_set = lambda: dying.limit(None)  # again: there is nothing to lift
     staying.limit(None)
     assert card.share == 1.0
+
+
+def test_each_model_on_one_processor_has_a_limit_of_its_own(card):
+    shared, first, second = processor(), object(), object()
+    shared.limit(500 * MIB, first)
+    card.take(500 * MIB)  # the first model's
+    shared.limit(700 * MIB, second)
+    assert card.most == 1200 * MIB + BESIDES
+    shared.limit(None, first)
+    shared.limit(None, first)
+    assert card.most == 700 * MIB + BESIDES
+    shared.limit(300 * MIB, first)
+    shared.limit(None)
+    assert card.share == 1.0
+
+
+def test_a_limit_ends_with_its_processor(card):
+    dropped, staying = processor(), processor()
+    staying.limit(500 * MIB)
+    dropped.limit(700 * MIB)
+    dropped.limit(800 * MIB)
+    assert card.most == 1300 * MIB + BESIDES
+    del dropped
+    gc.collect()
+    assert card.most == 500 * MIB + BESIDES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

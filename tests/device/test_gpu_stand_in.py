@@ -25,7 +25,7 @@ def on_a_gpu(monkeypatch):
 class WithoutLimit(Rounding):
     """As tests/gpu/on_gpu.py has it."""
 
-    def limit(self, nbytes):
+    def limit(self, nbytes, holder=None):
         """See Processor."""
 
 

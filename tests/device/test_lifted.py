@@ -20,6 +20,7 @@ from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
 from zinfer.device import host, moved, residents
+from zinfer.device.arena import Arena
 from zinfer.device.attached import _at_slab_edges
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.page_locks import PageLocks
@@ -218,6 +219,104 @@ def test_copies_end_at_the_edges_of_slabs():
     del first
 
 
+class LateRead:
+    """A read that is told to have landed only once it was let go."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self.let_go = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.let_go.wait(timeout) and self._request.wait(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def test_what_is_in_host_memory_is_copied_though_an_older_read_has_not_landed(
+    folder, total, monkeypatch, nothing_left
+):
+    with run_within(folder, StagedProcessor(MEMORY), total, 2 * total, offload="nvme") as model:
+        model(IDS)
+        device, late = model.zinfer._streaming.coordinator.device, []
+        unsettle = model.zinfer._streaming.unsettle
+        small = [
+            w for w in model.zinfer._streaming.weights if w.name.endswith(("k_proj.weight", "v_proj.weight"))
+        ]
+        model.zinfer._streaming.coordinator.change_residents(small, (), unsettle)
+        older, ready, newest = small[:3]
+        assert device.bring(ready)
+        original = device.read
+        monkeypatch.setattr(
+            device, "read", lambda *args, **how: late.append(LateRead(original(*args, **how))) or late[-1]
+        )
+        most = max(weight.layout.nbytes for weight in small)
+        monkeypatch.setattr(device, "_arena", Arena(device.processor, 4 * most))
+        fetches = [device.start(weight, urgent=False) for weight in (older, ready, newest)]
+        assert len(late) == 2, "the one that is ready was read: the test proves nothing"
+        assert all(device.lift(fetch) for fetch in fetches)
+        wait_for(lambda: fetches[1].done)
+        assert [fetch.done for fetch in fetches] == [False, True, False]
+        late[1].let_go.set()
+        wait_for(lambda: fetches[2].done)
+        assert not fetches[0].done
+        late[0].let_go.set()
+        wait_for(lambda: fetches[0].done)
+        late.clear()
+        fetches.clear()
+        monkeypatch.undo()
+
+
+def wait_for(holds: Any) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_a_weight_that_lost_its_place_while_it_came_is_not_kept_there(folder, total, nothing_left):
+    with run_within(folder, StagedProcessor(MEMORY), int(total * 0.9), 4 * total, offload="nvme") as model:
+        model(IDS)
+        coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
+        device, unsettle = coordinator.device, model.zinfer._streaming.unsettle
+        first, second = [w for w in weights if w.resident is not None and w.name.endswith("k_proj.weight")][
+            :2
+        ]
+        device._moved._spare._left = first.layout.nbytes
+        coordinator.change_residents([first], (), unsettle)
+        place = device._moved.pool(first)
+        assert place is not None
+        fetch = device.start(first, urgent=True)
+        coordinator.change_residents((), [first], unsettle)
+        # The memory of `first` counts as taken until nobody holds it.
+        device._moved._spare._left += (
+            second.layout.nbytes if second.layout.nbytes > first.layout.nbytes else 0
+        )
+        coordinator.change_residents([second], (), unsettle)
+        assert device._moved.pool(first) is None, "its place was not taken: the test proves nothing"
+        coordinator.drop_ahead()
+        assert device.lift(fetch)
+        fetch.wait()
+        assert first not in device._kept
+        del fetch, place
+
+
+def test_what_is_kept_knows_the_mapping_it_lies_in(folder, total, nothing_left):
+    with run_within(folder, StagedProcessor(MEMORY), int(total * 0.6), 4 * total, offload="nvme") as model:
+        model(IDS)
+        coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
+        device = coordinator.device
+        some = [w for w in weights if w.resident is not None and not w.rows_only][:2]
+        coordinator.change_residents(some, (), model.zinfer._streaming.unsettle)
+        model(IDS)
+        assert set(some) <= set(device._kept) and len(device._kept) > len(some)
+        for weight, kept in device._kept.items():
+            assert kept.pool is (device._moved.pool(weight) or device.residents.pool)
+            address = torch.frombuffer(kept.memory, dtype=torch.uint8).data_ptr()
+            assert 0 <= address - kept.pool.base_address < kept.pool.capacity
+
+
 class Unlockable(StagedProcessor):
     """Would have page-locked memory, which nobody gives it here."""
 
@@ -307,9 +406,10 @@ class OneStreamAThread(StagedProcessor):
         """See Processor."""
         return threading.current_thread().name
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+    def used(self, memory: Any, stream: Any) -> None:
         """See Processor."""
-        self.told.append((tensor.data_ptr(), stream))
+        if isinstance(memory, torch.Tensor):
+            self.told.append((memory.data_ptr(), stream))
 
 
 def on_thread(name: str, work: Any) -> None:

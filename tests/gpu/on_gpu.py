@@ -19,7 +19,7 @@ GENERATE = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 class WithoutLimit(CudaProcessor):
     """The budgets of tiny models are below what torch's allocator takes at once, and divide the tiers all the same."""
 
-    def limit(self, nbytes: int | None) -> None:
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
         """See Processor."""
 
 

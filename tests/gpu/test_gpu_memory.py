@@ -23,7 +23,7 @@ def test_what_the_process_has_already_does_not_count_against_a_limit(saved):
     taken = torch.empty(torch.cuda.mem_get_info()[0] // 2, dtype=torch.uint8, device=CUDA)
     processor = CudaProcessor(CUDA)
     before = processor.memory()[0]
-    sizes = {processor.torch_device.index: processor.overhead + (256 << 20)}
+    sizes = {processor.number: processor.overhead + (256 << 20)}
     with zinfer.run(folder, device=processor, offload="nvme", max_memory=sizes) as model:
         assert same(results(reference, "llama"), results(model, "llama"))
         assert CudaProcessor(CUDA).memory()[0] < (1 << 30), "more seems to be free than can be allocated"

@@ -35,7 +35,7 @@ def mixes(total: int) -> dict[str, tuple[int, int]]:
 
 def run_within(folder: str, processor, device: int, host: int, **options):
     """Stream within `device` and `host` bytes, or within the fewest that work."""
-    number, overhead = processor.torch_device.index or 0, processor.overhead
+    number, overhead = processor.number, processor.overhead
     device += CACHES
     for _ in range(4):
         sizes = {number: overhead + device, "cpu": host}
@@ -63,9 +63,9 @@ class Rounding(StagedProcessor):
         """See Processor."""
         return super().block(self.allocated(nbytes))
 
-    def limit(self, nbytes: int | None) -> None:
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
         """See Processor."""
-        super().limit(None if nbytes is None else nbytes + self.overhead)
+        super().limit(None if nbytes is None else nbytes + self.overhead, holder)
 
 
 # Caches in host memory.

@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import zinfer
 from tests import architectures
 from tests.streaming.devices import Rounding, mixes, run_within
 from tests.streaming.test_exactness import IDS, assert_same
+from zinfer.device import attached, host
 from zinfer.device.staged import StagedProcessor
 
 MEMORY = 1 << 34  # of the pretended device
@@ -84,7 +86,7 @@ def test_each_mix_is_bit_equal_where_the_devices_allocator_rounds(name, mix, sav
     folder = saved(name, torch.bfloat16)
     reference = architectures.ALL[name][0].from_pretrained(folder).eval()
     processor = Rounding(MEMORY, check=True)
-    processor.limit = lambda nbytes: None  # as there
+    processor.limit = lambda nbytes, holder: None  # as there
     device, host = mixes(architectures.parameter_bytes(reference))[mix]
     model = run_within(folder, processor, device, host, offload="nvme")
     assert_same(reference, model, name)
@@ -209,6 +211,52 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(saved):
 def test_a_device_that_is_not_there_is_refused(device, words, saved):
     with pytest.raises(zinfer.OptionError, match=words):
         zinfer.run(saved("llama"), device=device)
+
+
+class Limited(StagedProcessor):
+    """Knows who has a limit there; its memory is for as many models as like."""
+
+    def __init__(self) -> None:
+        super().__init__(MEMORY)
+        self.limits: dict[Any, int] = {}
+
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
+        """See Processor."""
+        assert holder is not None, "another model's limit would be overwritten"
+        if nbytes is None:
+            self.limits.pop(holder, None)
+        else:
+            self.limits[holder] = nbytes
+
+
+def test_models_on_one_device_have_limits_of_their_own_which_end_with_them(saved, nothing_left):
+    processor, folder = Limited(), saved("llama")
+    first = zinfer.run(folder, device=processor, max_memory={0: 1 << 20})
+    second = zinfer.run(folder, device=processor, max_memory={0: 2 << 20})
+    assert sorted(processor.limits.values()) == [1 << 20, 2 << 20]
+    first.zinfer.close()
+    assert list(processor.limits.values()) == [2 << 20]
+    del second
+    gc.collect()
+    assert processor.limits == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [(host, "Shards"), (host, "Pool"), (attached, "Arena"), (attached, "Copies")]
+)
+def test_a_model_that_cannot_be_opened_leaves_no_limit(where, what, saved, monkeypatch, nothing_left):
+    processor, limits = Limited(), []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        limits.append(len(processor.limits))
+        raise zinfer.StoreError("a drive is gone")
+
+    monkeypatch.setattr(where, what, refuse)
+    with pytest.raises(zinfer.StoreError, match="a drive is gone") as caught:
+        run_within(saved("llama"), processor, 1, 1, offload="nvme")
+    assert limits == [1], "there was no limit: the test proves nothing"
+    assert processor.limits == {}, "it holds as long as somebody has the error"
+    del caught
 
 
 def test_a_model_that_is_dropped_without_close_ends_its_threads(saved, nothing_left):

@@ -18,7 +18,7 @@ import zinfer
 from tests import architectures
 from tests.streaming.running import check_device, smallest, tokens
 from tests.streaming.test_attached import MEMORY, finish, run_within, staged
-from zinfer import residency
+from zinfer import residency, streaming
 from zinfer.device.staged import StagedProcessor
 from zinfer.planner.placement import smallest as smallest_placement
 from zinfer.weights import parameter
@@ -96,6 +96,30 @@ def on_cpu(llama):
         assert model.zinfer.report().planned_resident_bytes > 0
         yield model, reference
         check_device(model)
+
+
+@pytest.mark.parametrize("step", ["_move_rest", "_read_small"])
+@pytest.mark.parametrize("where", ["staged", "cpu"])
+def test_memory_that_runs_out_as_a_model_is_opened_is_an_error_of_zinfers(
+    step, where, llama, monkeypatch, nothing_left
+):
+    if (step, where) == ("_move_rest", "cpu"):
+        pytest.skip("nothing is moved there")
+    kind, words = (RuntimeError, ON_THE_HOST) if where == "cpu" else (torch.OutOfMemoryError, ON_A_GPU)
+    processor = StagedProcessor(MEMORY)
+
+    def refuse(*_):
+        raise kind(words.format(5000))
+
+    monkeypatch.setattr(streaming, step, refuse)
+    key = "'cpu'" if where == "cpu" else "0"
+    with pytest.raises(zinfer.OutOfMemoryError, match=rf"5000 bytes.*lower max_memory\[{key}\]") as caught:
+        zinfer.run(llama[0], device="cpu" if where == "cpu" else processor, offload="nvme")
+    assert "\n" not in str(caught.value)
+    assert type(caught.value.__cause__) is kind
+    del caught
+    gc.collect()
+    assert processor.memory()[0] == MEMORY
 
 
 def test_another_process_takes_memory_and_residents_make_room_for_an_operator(on_staged, script, caplog):

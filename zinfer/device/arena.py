@@ -67,6 +67,7 @@ class Arena:
         self._runs = Runs(self.capacity)
         self._lock = threading.RLock()
         self._returned: deque[tuple[Use, list[Event]]] = deque()  # by callbacks, which take no lock
+        self._known: list[Any] = []  # the streams that the block was told of
         self._came = threading.Event()
         # Free, but the device may work with it still: at first, what had the memory before.
         self._pending: list[tuple[int, int, list[Event]]] = []
@@ -120,7 +121,14 @@ class Arena:
         self._pending = [entry for entry in live if entry[2]]
 
     def _takes_back(self, use: Use, block: Any) -> bool:
-        """Note that the last tensor on `use` has died; False after close()."""
+        """Note that the last tensor on `use` has died; False after close().
+
+        Takes no lock, so that close() may drop the block meanwhile: it knows by then which operators still read it.
+        """
+        for stream in use.streams:
+            if stream not in self._known:
+                self._processor.used(block, stream)
+                self._known.append(stream)  # last: who finds it here may drop the block
         if self._block is None:
             return False
         events = [*use.events, *self._processor.retire(block, use.start, use.nbytes, use.streams)]

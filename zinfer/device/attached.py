@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -35,6 +35,13 @@ logger = logging.getLogger("zinfer")
 MEMORY = "host memory"  # what the report calls it
 
 
+class Kept(NamedTuple):
+    """Memory that a weight lies in on the host, and its mapping, at whose slab edges copies are cut."""
+
+    memory: Any
+    pool: Pool | None
+
+
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
     """Where the tensors that `weight` is made of stand in its memory on a device."""
     return lay_out_apart(weight.layout, placements_of(weight.provenance), ALIGNMENT, residues=residues)
@@ -47,7 +54,8 @@ class AttachedDevice(Host):
     in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
     and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
     A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
-    Any thread may call any method.
+    `limit`: the bytes that may be allocated on the device from now on until it is closed, or dropped; None: as many as
+    it has. Any thread may call any method.
     """
 
     patience = 10.0  # copies and their threads give memory back, when they come to it
@@ -61,13 +69,14 @@ class AttachedDevice(Host):
         device_window: int,
         bounce: int,
         *,
+        limit: int | None = None,
         spare: int = 0,
         recorder: Recorder | None = None,
     ) -> None:
         self.processor = processor
         self.torch_device = processor.torch_device
         self.name = processor.name
-        self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
+        self._kept: dict[Weight, Kept] = {}  # weights that have come to stay in host memory
         self._layouts: dict[Weight, Layout] = {}
         self._bringing = threading.RLock()
         self.page_locks = PageLocks(processor)
@@ -77,8 +86,17 @@ class AttachedDevice(Host):
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
         self._moved = Moved(processor, spare, self._kept, lock)
-        with processor.current():  # memory is page-locked through it
-            super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        holder = object()  # of the limit: the processor may have other devices
+        self._lift_limit = weakref.finalize(self, processor.limit, None, holder)
+        self._lift_limit.atexit = False
+        try:
+            if limit is not None:
+                processor.limit(limit, holder)
+            with processor.current():  # memory is page-locked through it
+                super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
+        except BaseException:
+            self._lift_limit()
+            raise
         try:
             self._arena = Arena(processor, device_window) if device_window else None
             self.page_locks.check(self.pools, MEMORY, self._arena)
@@ -129,6 +147,7 @@ class AttachedDevice(Host):
             self._arena.close()
         self._kept.clear()
         self._moved.close()
+        self._lift_limit()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
@@ -173,20 +192,22 @@ class AttachedDevice(Host):
 
         The fetch goes on to the device once `lift` has found room for it there.
         """
-        generation, in_place = self.generation, self.in_place(weight)
-        memory, request = self._kept.get(weight), None
-        if memory is None:
+        generation, request = self.generation, None
+        there = self._kept.get(weight)
+        in_place = there is not None
+        if there is None:
             place = self._place(weight, timeout)
             if place is None:
                 return None
-            memory, address = place
-            request = self.read(weight.layout, memory, address, urgent)
+            there, address = place
+            in_place = there.pool is not self.window
+            request = self.read(weight.layout, there.memory, address, urgent)
             self.note(request, weight.name, "demand" if urgent else "prefetch")
         fetch = LiftedFetch(
             weight,
             request,
-            memory,
-            partial(self._start_copy, weight, self._pool_of(weight), in_place and request is not None),
+            there.memory,
+            partial(self._start_copy, weight, there.pool, in_place and request is not None),
             self._copying,
             partial(self._tensor_of, weight),
             self._follow,
@@ -197,25 +218,33 @@ class AttachedDevice(Host):
         weight.fetch = weakref.ref(fetch)
         return fetch
 
-    def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
+    def _place(self, weight: Weight, timeout: float) -> tuple[Kept, int] | None:
         """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
-        moved = self._moved.pool(weight)
-        if moved is None and self.in_place(weight):
-            assert self.residents is not None
-            return self.residents.take(weight)
-        memory = (
-            self.window_room(weight, timeout)
-            if moved is None
-            else moved.acquire(weight.layout.nbytes, timeout)
-        )
-        return None if memory is None else (memory, memory.address)
+        moved = self._moved.pool(weight)  # asked once: it may be taken away meanwhile
+        if moved is None and self.residents is not None and self.residents.has(weight):
+            view, address = self.residents.take(weight)
+            return Kept(view, self.residents.pool), address
+        if moved is None:
+            pool, memory = self.window, self.window_room(weight, timeout)
+        else:
+            pool, memory = moved, moved.acquire(weight.layout.nbytes, timeout)
+        return None if memory is None else (Kept(memory, pool), memory.address)
 
     def _pool_of(self, weight: Weight) -> Pool | None:
-        """The mapping that `weight` is read into."""
+        """The mapping that `weight` is read into now."""
         moved = self._moved.pool(weight)
         if moved is not None:
             return moved
-        return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
+        if self.residents is not None and self.residents.has(weight):
+            return self.residents.pool
+        return self.window
+
+    def _keep(self, weight: Weight, there: Kept) -> None:
+        """`weight` stays `there`, unless it lost the place while it came. See Moved, which takes no lock either."""
+        self._kept[weight] = there
+        # Asked afterwards: who takes a place away, or closes, empties `_kept` after that. So one of both finds it.
+        if self._closed or self._pool_of(weight) is not there.pool:
+            self._kept.pop(weight, None)
 
     def bring(self, weight: Weight) -> bool:
         """Read `weight` to its place in host memory and wait for it, if it has one; whether it has."""
@@ -226,12 +255,12 @@ class AttachedDevice(Host):
                 place = self._place(weight, self.patience)
                 if place is None:
                     return False
-                memory, address = place
-                request = self.read(weight.layout, memory, address, urgent=True)
+                there, address = place
+                request = self.read(weight.layout, there.memory, address, urgent=True)
                 self.note(request, weight.name, "demand")
                 request.wait()
                 self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
-                self._kept[weight] = memory
+                self._keep(weight, there)
         return True
 
     def lift(self, fetch: LiftedFetch, timeout: float = 0.0) -> bool:
@@ -299,7 +328,10 @@ class AttachedDevice(Host):
         if kept is None or placed is None:
             found = super().read_rows(weight, rows)
         else:
-            table, whole = view_of(kept, weight.layout.starts[0], placed), rows[-1] - rows[0] + 1 == len(rows)
+            table, whole = (
+                view_of(kept.memory, weight.layout.starts[0], placed),
+                rows[-1] - rows[0] + 1 == len(rows),
+            )
             # Rows beside each other as they lie: one alone is what `weight[i]` is, and stands at its address.
             found = table[rows[0] : rows[-1] + 1] if whole else table[torch.tensor(rows)]
             found = found.to(weight.dtype)
@@ -321,7 +353,7 @@ class AttachedDevice(Host):
         """
         self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
         if stays:
-            self._kept[weight] = memory
+            self._keep(weight, Kept(memory, pool))
         placements = placements_of(weight.provenance)
         starts = zip(weight.layout.starts, self._layout(weight).starts, placements, strict=True)
         moves = []

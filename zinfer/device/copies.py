@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zinfer")
 
-LOOK_EVERY = 0.02  # seconds that a dropped read is held on to at most
+LOOK_EVERY = 0.002  # seconds that what came later waits at most for a read that has not landed
 
 
 class Copies:
-    """Starts the copies of fetches, in the order in which they were added, as their reads land; frees what was copied.
+    """Starts the copies of fetches as their reads land, of several the one that was added first; frees what was copied.
 
     One thread waits for reads, another for copies. Neither keeps a fetch that everybody else has dropped.
     `on_room` is called, on the second, when host memory came free. Both run within `current`: see Processor. Any thread
@@ -37,6 +37,8 @@ class Copies:
         self._fetches: queue.SimpleQueue[weakref.ref[LiftedFetch] | None] = queue.SimpleQueue()
         self._flying: queue.SimpleQueue[tuple[Event, list[Any]] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._ended = False  # nobody takes from `_flying` what is put there now
+        self._lock = threading.RLock()  # a finalizer may close
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
             for work, name in ((self._start_copies, "zinfer-copy"), (self._free_sources, "zinfer-copied"))
@@ -49,8 +51,12 @@ class Copies:
         self._fetches.put(weakref.ref(fetch))
 
     def started(self, event: Event, sources: list[Any]) -> None:
-        """Keep `sources` until `event`; the list is emptied then."""
-        self._flying.put((event, sources))
+        """Keep `sources` until `event`; the list is emptied then. Waits for it where the threads have ended."""
+        with self._lock:
+            if not self._ended:
+                self._flying.put((event, sources))
+                return
+        _free(event, sources)
 
     def close(self) -> None:
         """End the threads once all copies that were started have ended. Idempotent."""
@@ -62,7 +68,9 @@ class Copies:
         self._fetches.put(None)
         if me is not starting:
             starting.join()
-        self._flying.put(None)
+        with self._lock:
+            self._ended = True
+            self._flying.put(None)
         if me is not freeing:
             freeing.join()
 
@@ -71,18 +79,32 @@ class Copies:
             work()
 
     def _start_copies(self) -> None:
-        while (reference := self._fetches.get()) is not None:
-            while not self._closing.is_set() and not self._started(reference):
-                pass
+        waiting: list[weakref.ref[LiftedFetch]] = []  # the oldest first
+        while self._take_in(waiting):
+            late = [reference for reference in waiting if not self._started(reference, 0.0)]
+            if late and len(late) == len(waiting) and self._started(late[0], LOOK_EVERY):
+                del late[0]
+            waiting = late
+
+    def _take_in(self, waiting: list[weakref.ref[LiftedFetch]]) -> bool:
+        """Append what was added; wait for something where nothing is `waiting`. False once this closes."""
+        while True:
+            try:
+                reference = self._fetches.get(block=not waiting)
+            except queue.Empty:
+                return not self._closing.is_set()
+            if reference is None or self._closing.is_set():
+                return False
+            waiting.append(reference)
 
     @staticmethod
-    def _started(reference: weakref.ref[LiftedFetch]) -> bool:
-        """Whether nothing is left to do for a fetch, which is held here alone; waits a little for its read."""
+    def _started(reference: weakref.ref[LiftedFetch], timeout: float) -> bool:
+        """Whether nothing is left to do for a fetch, which is held here alone; waits `timeout` seconds for its read."""
         fetch = reference()
         if fetch is None:
             return True
         try:
-            if not fetch.landed(LOOK_EVERY):
+            if not fetch.landed(timeout):
                 return False
             fetch.issue(urgent=False)
         except ZinferError:
@@ -93,12 +115,7 @@ class Copies:
 
     def _free_sources(self) -> None:
         while (entry := self._flying.get()) is not None:
-            event, sources = entry
-            try:
-                event.wait()
-            except RuntimeError:
-                logger.exception("a copy to the device failed")
-            sources.clear()
+            _free(*entry)
             del entry
             if not self._closing.is_set():
                 self._tell()
@@ -110,3 +127,12 @@ class Copies:
             pass  # a read ahead that cannot be made: whoever asks for the weight will be told
         except Exception:
             logger.exception("reading ahead failed")
+
+
+def _free(event: Event, sources: list[Any]) -> None:
+    """Wait for `event`, then empty `sources`."""
+    try:
+        event.wait()
+    except RuntimeError:
+        logger.exception("a copy to the device failed")
+    sources.clear()

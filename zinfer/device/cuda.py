@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,13 +26,17 @@ PARTLY_FILLED = (
     SEGMENT + SMALL_SEGMENT + STEP
 )  # bytes: the last segment of either kind, and the rounding of the window
 URGENT_PRIORITY = -1  # torch's streams: the lower, the sooner
+# The runtime tells milliseconds between two events in single precision: after so many seconds it is off by 0.02 ms,
+# after ten hours by 2.
+ORIGIN_SECONDS = 300.0
 
 
 @dataclass
 class _Limits:
     """Of one device, for which torch knows one limit: a share of it, and whatever torch has reserved there counts."""
 
-    each: dict[int, int] = field(default_factory=dict)  # bytes for each processor that limits it
+    # bytes for each who has a limit: a processor, by id, and the holder
+    each: dict[tuple[int, object], int] = field(default_factory=dict)
     # bytes that torch had reserved when the first of them came, cuBLAS's workspace perhaps among them
     others: int = 0
     before: float = 1.0  # the share that held then, and holds again after the last
@@ -128,12 +133,10 @@ class CudaProcessor:
         # Of its own: a copy behind it in line would wait for operators that have nothing to do with it.
         self._poisoning = torch.cuda.Stream(self.torch_device) if poison else None
         self._caches = {back: torch.cuda.Stream(self.torch_device) for back in (False, True)}
+        # Of its own, and always empty: nobody who waits for an origin waits for copies.
+        self._timing = torch.cuda.Stream(self.torch_device) if timed else None
         self._origin: tuple[torch.cuda.Event, float] | None = None
-        if timed:
-            origin = torch.cuda.Event(enable_timing=True)
-            origin.record(self._streams[False])
-            origin.synchronize()
-            self._origin = origin, time.perf_counter()
+        self._recent_origin()
 
     def _measured_overhead(self) -> int:
         """What the driver says is used and torch did not allocate, once what any model runs has run."""
@@ -145,6 +148,24 @@ class CudaProcessor:
         return (
             min(max(outside, 0), MOST_OVERHEAD) + WORKSPACE + PARTLY_FILLED
         )  # others' memory counts in `outside` too
+
+    def _recent_origin(self) -> tuple[torch.cuda.Event, float] | None:
+        """An event and the moment it was reached, not long ago, to tell times by; None where no times are kept."""
+        if self._timing is None:
+            return None
+        origin = self._origin
+        if origin is None or time.perf_counter() - origin[1] > ORIGIN_SECONDS:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(self._timing)
+            event.synchronize()
+            self._origin = origin = event, time.perf_counter()
+        return origin
+
+    @property
+    def number(self) -> int:
+        """See Processor."""
+        index: int = self.torch_device.index
+        return index
 
     def current(self) -> AbstractContextManager[Any]:
         """See Processor."""
@@ -158,7 +179,7 @@ class CudaProcessor:
     def free(self) -> int:
         """See Processor. A share that somebody else has set for this process holds here too."""
         with _limits_lock:
-            limits = _limits.get(self.torch_device.index)
+            limits = _limits.get(self.number)
             return self._left(limits.before if limits is not None and limits.in_force else self._share())
 
     def _left(self, share: float) -> int:
@@ -172,39 +193,29 @@ class CudaProcessor:
         """The share of the device that torch may have now."""
         if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 may lack it
             return torch.cuda.get_per_process_memory_fraction(self.torch_device)
-        limits = _limits.get(self.torch_device.index)
+        limits = _limits.get(self.number)
         return limits.share if limits is not None and limits.in_force else 1.0
 
-    def limit(self, nbytes: int | None) -> None:
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
         """See Processor: of what torch allocates, whoever asks; cuBLAS's workspace and segments not full besides.
 
         torch knows one limit a device: that is the sum over the models which compute there, and what the process had
-        there before the first of them. What it takes besides later counts against them.
+        there before the first of them. What it takes besides later counts against them. A limit ends with its
+        processor, too.
         """
+        if nbytes is None:
+            _lift(self.torch_device, id(self), holder)
+            return
         with _limits_lock:
-            limits = _limits.setdefault(self.torch_device.index, _Limits())
-            if nbytes is None:
-                if limits.each.pop(id(self), None) is None:
-                    return
-            else:
-                limits.each[id(self)] = nbytes  # first: now no finalizer can find that nobody has a limit
-                if not limits.in_force:
-                    torch.cuda.empty_cache()  # what is idle can be had anew: it is nobody's
-                    limits.before = self._share()
-                    limits.others = torch.cuda.memory_reserved(self.torch_device)
-            self._enforce(limits)
-
-    def _enforce(self, limits: _Limits) -> None:
-        """Tell torch; once more where a finalizer that ran meanwhile on this thread has lifted a limit."""
-        total = torch.cuda.mem_get_info(self.torch_device)[1]
-        while True:
-            each = dict(limits.each)
-            most = limits.others + sum(each.values()) + WORKSPACE + PARTLY_FILLED
-            limits.share = min(limits.before, most / total) if each else limits.before
-            torch.cuda.set_per_process_memory_fraction(limits.share, self.torch_device)
-            limits.in_force = bool(each)
-            if limits.each == each:
-                return
+            limits = _limits.setdefault(self.number, _Limits())
+            if all(processor != id(self) for processor, _ in list(limits.each)):
+                weakref.finalize(self, _lift, self.torch_device, id(self), None).atexit = False
+            limits.each[id(self), holder] = nbytes  # first: now no finalizer can find that nobody has a limit
+            if not limits.in_force:
+                torch.cuda.empty_cache()  # what is idle can be had anew: it is nobody's
+                limits.before = self._share()
+                limits.others = torch.cuda.memory_reserved(self.torch_device)
+            _enforce(limits, self.torch_device)
 
     def block(self, nbytes: int) -> torch.Tensor:
         """See Processor."""
@@ -215,7 +226,7 @@ class CudaProcessor:
             free = self.memory()[0]
             raise OutOfMemoryError(
                 f"{self.name} has {free} bytes free; tried to allocate {nbytes} bytes: end what else uses it, or lower "
-                f"max_memory[{self.torch_device.index}]"
+                f"max_memory[{self.number}]"
             ) from error
         # torch's allocator waits for them before it gives the memory away
         for stream in (*self._streams.values(), *self._caches.values(), self._poisoning):
@@ -261,7 +272,7 @@ class CudaProcessor:
         after: Sequence[Event],
         stream: torch.cuda.Stream,
     ) -> Event:
-        end = CudaEvent(self._origin, sum(source.nbytes for _, source in moves))
+        end = CudaEvent(self._recent_origin(), sum(source.nbytes for _, source in moves))
         with torch.cuda.stream(stream):
             for earlier in after:
                 self.follow(earlier)
@@ -283,10 +294,10 @@ class CudaProcessor:
         end.event.record(stream)
         return end
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
+    def used(self, memory: Any, stream: Any) -> None:
         """See Processor. torch does nothing where the memory is not its own."""
         with torch.no_grad():
-            tensor.record_stream(stream)
+            memory.record_stream(stream)
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor."""
@@ -307,8 +318,32 @@ class CudaProcessor:
             block.record_stream(stream)
 
     def close(self) -> None:
-        """See Processor: its streams end with it."""
-        self.limit(None)
+        """See Processor: it has none, and its streams end with it."""
+
+
+def _enforce(limits: _Limits, device: torch.device) -> None:
+    """Tell torch; once more where a finalizer that ran meanwhile on this thread has lifted a limit."""
+    total = torch.cuda.mem_get_info(device)[1]
+    while True:
+        each = dict(limits.each)
+        most = limits.others + sum(each.values()) + WORKSPACE + PARTLY_FILLED
+        limits.share = min(limits.before, most / total) if each else limits.before
+        torch.cuda.set_per_process_memory_fraction(limits.share, device)
+        limits.in_force = bool(each)
+        if limits.each == each:
+            return
+
+
+def _lift(device: torch.device, processor: int, holder: object) -> None:
+    """End the limit that the processor with the id `processor` has for `holder`; None: all that it has."""
+    with _limits_lock:
+        limits = _limits.get(device.index)
+        found = [] if limits is None else [key for key in list(limits.each) if key[0] == processor]
+        ended = [key for key in found if holder is None or key[1] is holder]
+        if limits is not None and ended:
+            for key in ended:
+                limits.each.pop(key, None)
+            _enforce(limits, device)
 
 
 class _Owner:

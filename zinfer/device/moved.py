@@ -58,8 +58,8 @@ class Moved:
         """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
         for weight in [None, *(weight for weight in self._pools if weight.wants_residence)]:
             if weight is not None:
+                del self._pools[weight]  # first: see AttachedDevice._keep
                 self._kept.pop(weight, None)
-                del self._pools[weight]
             if self._spare.take(nbytes):
                 return True
         return False

@@ -54,6 +54,10 @@ class Processor(Protocol):
     overhead: int  # bytes that running anything there takes besides what is allocated
     keeps_residue: bool  # operators depend on addresses modulo layout.VECTOR, as a CPU's do
 
+    @property
+    def number(self) -> int:
+        """That by which max_memory names the device."""
+
     def current(self) -> AbstractContextManager[Any]:
         """The device is the calling thread's, meanwhile, for calls of its runtime that name none."""
 
@@ -63,8 +67,12 @@ class Processor(Protocol):
     def free(self) -> int:
         """Bytes that can be allocated now but for those limits: what one model more may have."""
 
-    def limit(self, nbytes: int | None) -> None:
-        """Refuse, from now on, to let this process allocate more than `nbytes`; None: no limit any more."""
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
+        """Refuse, from now on, to let this process allocate more than `nbytes` bytes; None: no limit any more.
+
+        `holder`, if any: whom the limit is for, where several models compute there. With none, None lifts the limits
+        of all of them.
+        """
 
     def block(self, nbytes: int) -> Any:
         """Memory, aligned to ALIGNMENT. Raises OutOfMemoryError where the device has not got it."""
@@ -108,17 +116,21 @@ class Processor(Protocol):
     def fence(self, stream: Any) -> Event:
         """An event reached when all that `stream` was given so far has run."""
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Operators on `stream` read `tensor`, which others made: its memory is not used anew before they have run.
+    def used(self, memory: Any, stream: Any) -> None:
+        """Operators on `stream` read `memory`: once it has died, it is not used anew before they have run.
 
-        For memory that is not a block's: an operator's result.
+        `memory`: a tensor, the result of an operator on another stream, or a block. What `stream` is given until it
+        dies counts too.
         """
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
-        """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more."""
+        """Fences of `streams`, after which these bytes of `block` may be written; nothing else uses them any more.
+
+        It does not hold `block`, which has to know of `streams` (see `used`): it may die before they are reached.
+        """
 
     def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
         """`block` is given up; these bytes stay what they are until all that `streams` were given has run."""
 
     def close(self) -> None:
-        """End its threads, if it has any, and lift its limit."""
+        """End its threads, if it has any."""

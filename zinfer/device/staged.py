@@ -90,6 +90,11 @@ class StagedProcessor:
         self._copying: list[tuple[StagedEvent, list[Span]]] = []
         self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 
+    @property
+    def number(self) -> int:
+        """See Processor."""
+        return 0
+
     def current(self) -> AbstractContextManager[Any]:
         """See Processor. There is nothing to choose."""
         return nullcontext()
@@ -114,8 +119,8 @@ class StagedProcessor:
             most = self._total - self._claimed
             return max(0, (most if self._limit is None else min(self._limit, most)) - self._allocated)
 
-    def limit(self, nbytes: int | None) -> None:
-        """See Processor."""
+    def limit(self, nbytes: int | None, holder: object = None) -> None:
+        """See Processor. One model, one limit."""
         self._limit = nbytes
 
     def block(self, nbytes: int) -> Any:
@@ -196,11 +201,16 @@ class StagedProcessor:
         event.reach()
         return event
 
-    def used(self, tensor: torch.Tensor, stream: Any) -> None:
-        """See Processor. Operators have run when they return."""
+    def used(self, memory: Any, stream: Any) -> None:
+        """See Processor. Operators have run when they return; of a block, it is noted which streams it knows."""
+        if isinstance(memory, Block) and stream not in memory.known:
+            memory.known.append(stream)
 
     def retire(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> list[Event]:
         """See Processor. As if a kernel still read it: reached late, and then nothing may have changed."""
+        # What is queued below holds the block, which a GPU's allocator would give away as soon as it is dropped.
+        if self._check and any(stream not in block.known for stream in streams):
+            self.races.append(f"{nbytes} bytes may be given away while operators of a stream still read them")
         if not streams or self._closed:
             return []
         event = StagedEvent()
@@ -212,6 +222,8 @@ class StagedProcessor:
 
     def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
         """See Processor. Whatever waits for the fence holds the memory."""
+        for stream in streams:
+            StagedProcessor.used(self, block, stream)
         self.retire(block, start, nbytes, streams)
 
     def close(self) -> None:
@@ -296,11 +308,19 @@ class Span(NamedTuple):
 
 
 class Block(mmap.mmap):
-    """Memory of a staged device: a buffer of ordinary memory, aligned to ALIGNMENT."""
+    """Memory of a staged device: a buffer of ordinary memory, aligned to ALIGNMENT.
+
+    `known`: the streams that an allocator would wait for before it gave the memory away.
+    """
+
+    known: list[Any]
 
     def __new__(cls, nbytes: int) -> Block:
         """At least `nbytes` bytes, zero."""
-        return super().__new__(cls, -1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        block = super().__new__(cls, -1, max(nbytes, ALIGNMENT), flags=flags)
+        block.known = []
+        return block
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
