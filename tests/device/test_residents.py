@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -51,9 +53,13 @@ def tensor_of(residents: Residents, weight: Any) -> torch.Tensor:
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
-def test_all_places_are_present_at_once_when_asked_for():
+def test_all_places_are_present_at_once_when_asked_for(caplog):
     mine = weights(3)
-    residents = Residents(mine, mine, None, at_once=True)
+    with caplog.at_level(logging.INFO, "zinfer"):
+        residents = Residents(mine, mine, None, at_once=True)
+    before, after = [record.getMessage() for record in caplog.records]
+    assert before == "making 24.00 MiB of host memory present for weights"
+    assert re.fullmatch(r"24.00 MiB of host memory are present after \d+\.\d s", after)
     assert all(residents.present(weight) for weight in mine)
     assert [mapped(residents, place) for place in range(3)] == [SIZE] * 3
     residents.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +15,9 @@ from zinfer.errors import ClosedError
 from zinfer.pinned import Pool, Region
 from zinfer.pinned.pages import HUGE_PAGE_BYTES, give_back, populate
 from zinfer.weights.weight import Weight
+from zinfer.wording import size_text
+
+logger = logging.getLogger("zinfer")
 
 STEP_BYTES = 2 << 20  # made present at a time; other threads that map memory wait for it
 MOST_THREADS = 4
@@ -31,8 +36,8 @@ class Residents:
                      +------- absent <--release()--+   (once the last tensor on it has died)
 
     `wanted` are those that are to be resident now; the places of the others are left absent. `at_once`: all places
-    are present when the constructor returns. `page_lock` as for Pool, which makes pages present to lock them. Any
-    thread may call any method.
+    are present when the constructor returns, which the log tells of, as it takes seconds for gigabytes. `page_lock` as
+    for Pool, which makes pages present to lock them. Any thread may call any method.
     """
 
     def __init__(
@@ -62,9 +67,16 @@ class Residents:
         self._block: Region | None = None
         if not total:
             return
+        started = time.perf_counter()
+        if at_once:
+            logger.info("making %s of host memory present for weights", size_text(total))
         self.pool = Pool(
             total, page_lock=page_lock, numa_node=numa_node, touch_threads=None if at_once else 0
         )
+        if at_once:
+            locked = " and page-locked" if self.pool.page_locked else ""
+            seconds = time.perf_counter() - started
+            logger.info("%s of host memory are present%s after %.1f s", size_text(total), locked, seconds)
         self._block = self.pool.acquire(total)
         assert self._block is not None
         if not at_once:
