@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from zinfer.device.rows import PIECE_BYTES, STAGE_BYTES, Rows
 
 import zinfer
 from tests import architectures
@@ -16,7 +17,6 @@ from tests.streaming.test_attached import MEMORY
 from tests.streaming.test_exactness import IDS
 from zinfer.device import rows as module
 from zinfer.device.processor import ALIGNMENT
-from zinfer.device.rows import PIECE_BYTES, STAGE_BYTES, Rows
 from zinfer.device.staged import StagedProcessor
 from zinfer.weights.lowering import Placed, Run
 
