@@ -10,6 +10,7 @@ from zinfer.device.attached import AttachedDevice
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.device import Device
 from zinfer.device.processor import Processor
+from zinfer.experts.cache import ExpertCache
 from zinfer.parts import Account, Held, Parts, PartsOnDevice
 from zinfer.planner.placement import Footprint, Placement
 from zinfer.timeline.recorder import Recorder
@@ -37,6 +38,7 @@ class Opened:
     placement: Placement
     account: Account
     host: Account | None = None
+    experts: ExpertCache | None = None
 
 
 def open_cpu(
@@ -48,6 +50,7 @@ def open_cpu(
         parts.weights[index].wants_residence = True
     residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
     in_memory = offload in ("cpu", "none")
+    experts = min(parts.expert_bytes, parts.budget - parts.fixed - placement.total_bytes)
     device = CpuDevice(
         paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
     )
@@ -60,8 +63,10 @@ def open_cpu(
         small=parts.small_bytes,
         bounce=parts.bounce,
         key="cpu",
+        experts=experts if parts.layers else 0,
     )
-    return Opened(device, parts.footprints, placement, account)
+    cache = ExpertCache(device, experts, floor=parts.largest_expert) if parts.layers else None
+    return Opened(device, parts.footprints, placement, account, experts=cache)
 
 
 def open_attached(

@@ -10,6 +10,7 @@ from torch import nn
 
 from zinfer.device.host import bounce_bytes
 from zinfer.device.processor import ALIGNMENT
+from zinfer.experts.layers import ExpertLayer, holds_experts
 from zinfer.planner.placement import Footprint, all_resident, smallest
 from zinfer.weights.layout import VECTOR, lay_out, placements_of, round_up
 from zinfer.weights.loading import parameter_slots
@@ -62,6 +63,16 @@ class Held:
         """Bytes of the tensor."""
         return self.tensor.numel() * self.tensor.dtype.itemsize
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is bytes of the checkpoint as they are."""
+        return isinstance(self.provenance, Placed)
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether each index of its first dimension is an expert, that can be read by itself."""
+        return len(self.slots) == 1 and holds_experts(self.slots[0].owner, self.tensor.shape)
+
     def stays(self, threshold: int) -> bool:
         """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
 
@@ -75,24 +86,36 @@ class Held:
 class Parts:
     """What a budget of `budget` bytes makes of the tensors `held`: which are small and kept, which are weights."""
 
-    def __init__(self, held: Sequence[Held], budget: int, allocated: bool) -> None:
+    def __init__(
+        self, held: Sequence[Held], budget: int, allocated: bool, *, by_expert: bool = False
+    ) -> None:
         threshold = min(SMALL_BYTES, budget // SMALL_SHARE)
         self.budget = budget
         self.allocated = allocated
         self.small = [item for item in held if item.stays(threshold)]
         self.large = [item for item in held if not item.stays(threshold)]
-        self.weights = [_weight(item, allocated) for item in self.large]
+        self.by_expert = by_expert
+        whole = {id(item.slots[0].owner) for item in held if not item.is_placed}
+        self.weights = [
+            _weight(
+                item, allocated, by_expert and item.holds_experts and id(item.slots[0].owner) not in whole
+            )
+            for item in self.large
+        ]
+        self.layers = _expert_layers(self.large, self.weights)
         self.footprints = [_footprint(weight) for weight in self.weights]
         self.bounce = bounce_bytes(budget)
         self.small_bytes = _small_bytes(self.small)
         self.fixed = self.small_bytes + self.bounce
+        self.largest_expert = max((layer.slot_bytes for layer, _ in self.layers), default=0)
+        self.expert_bytes = sum(layer.nbytes for layer, _ in self.layers)
 
     def needed(self, offload: str) -> int:
         """The fewest bytes that hold what this division keeps in memory at once."""
         if not self.footprints:
             return self.fixed
         least = all_resident if offload in ("cpu", "none") else smallest
-        return self.fixed + least(self.footprints)
+        return self.fixed + least(self.footprints) + self.largest_expert
 
 
 class PartsOnDevice:
@@ -125,7 +148,7 @@ class Account:
     """Where the budget of a tier went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
 
     `free` is what the tier had when the plan was made, less headroom: those and activations have to fit there.
-    The user sets it as max_memory[`key`]; of what is given there, `overhead` is not in the ceiling.
+    `experts`: of experts that are read one by one. The user sets it as max_memory[`key`]; of what is given there, `overhead` is not in the ceiling.
     """
 
     ceiling: int
@@ -137,6 +160,7 @@ class Account:
     bounce: int
     key: int | str
     overhead: int = 0
+    experts: int = 0
 
     @property
     def option(self) -> str:
@@ -162,7 +186,19 @@ def gather(model: nn.Module) -> list[Held]:
     return list(held.values())
 
 
-def _weight(item: Held, allocated: bool) -> Weight:
+def _expert_layers(items: Sequence[Held], weights: Sequence[Weight]) -> list[tuple[ExpertLayer, nn.Module]]:
+    """The experts that are read one by one, module after module, and the modules."""
+    owners: dict[int, nn.Module] = {}
+    by_owner: dict[int, list[Weight]] = {}
+    for item, weight in zip(items, weights, strict=True):
+        if weight.slices is not None:
+            owner = item.slots[0].owner
+            owners[id(owner)] = owner
+            by_owner.setdefault(id(owner), []).append(weight)
+    return [(ExpertLayer(mine), owners[key]) for key, mine in by_owner.items()]
+
+
+def _weight(item: Held, allocated: bool, sliced: bool) -> Weight:
     tensor = item.tensor
     rows_only = all(isinstance(slot.owner, nn.Embedding) for slot in item.slots) and isinstance(
         item.provenance, Placed
@@ -173,15 +209,18 @@ def _weight(item: Held, allocated: bool) -> Weight:
         tensor.stride(),
         tensor.dtype,
         item.provenance,
-        rows_only=rows_only,
+        rows_only=rows_only or sliced,
+        sliced=sliced,
         allocated=allocated,
         requires_grad=tensor.requires_grad,
     )
 
 
 def _footprint(weight: Weight) -> Footprint:
+    sliced = weight.slices is not None
     if weight.placed is not None:
-        return Footprint(weight.layout.nbytes, weight.layout.nbytes, rows_only=weight.rows_only)
+        rows_only = weight.rows_only and not sliced
+        return Footprint(weight.layout.nbytes, weight.layout.nbytes, rows_only=rows_only, sliced=sliced)
     # A replay holds, besides the leaves in the window, its result and at worst one intermediate copy.
     return Footprint(round_up(weight.nbytes), weight.layout.nbytes, transient=2 * round_up(weight.nbytes))
 
@@ -195,6 +234,8 @@ def least_budget(parts: Parts, held: Sequence[Held], offload: str) -> int:
     needed = parts.needed(offload)
     if needed > parts.budget:
         # A larger budget keeps more tensors and has larger buffers: go up until one fits what it keeps.
-        while (more := Parts(held, needed, parts.allocated).needed(offload)) > needed:
+        while (
+            more := Parts(held, needed, parts.allocated, by_expert=parts.by_expert).needed(offload)
+        ) > needed:
             needed = more
     return needed

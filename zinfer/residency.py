@@ -243,7 +243,7 @@ class Residency:
         account, footprints = self._streaming.account, self._streaming.footprints
         ceiling, machine, caches = self._limits()
         least = smallest(footprints)
-        within = min(ceiling, machine)
+        within = self._beside_experts(min(ceiling, machine))
         within = max(min(within, least), within - self._lost)  # what was lost is no reason to refuse a pass
         better = self._other_window(coming.rows, max(within, least))
         if self._divided and better is None and self._fits(within):
@@ -266,6 +266,14 @@ class Residency:
             self._keep(residents, stay)
         else:
             self._keep(residents, self._returning(residents, left, self._spare))
+
+    def _beside_experts(self, within: int) -> int:
+        """What `within` bytes leave for other weights when experts have what those do not need."""
+        experts = self._streaming.experts
+        if experts is None:
+            return within
+        experts.resize(within - self._fixed - self._bytes(self._placement.residents))
+        return within - experts.limit
 
     def _limits(self) -> tuple[int, int, int]:
         """Bytes left for weights by the ceiling, and by what the machine had free; bytes of all caches."""

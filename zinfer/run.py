@@ -17,6 +17,7 @@ from zinfer.attach import attach
 from zinfer.caches_on_host import CachesOnHost
 from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
+from zinfer.experts import forward as experts
 from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.opening import Target
@@ -139,6 +140,8 @@ def _run_checkpoint(
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
     if target.kv_offload:
         check_model(model)
+    if model_options.get("experts_implementation", "eager") == "eager" and offload in ("auto", "nvme"):
+        experts.use(model)
     streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
     caches = _caches(model, streaming, target, recorder)
     predict = None

@@ -217,6 +217,8 @@ class Runtime:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
         if self.caches is not None:
             self.caches.close()
+        if self._streaming.experts is not None:
+            self._streaming.experts.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:

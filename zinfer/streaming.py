@@ -16,6 +16,8 @@ from zinfer.coordinator.coordinator import Coordinator
 from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.device import Device
 from zinfer.errors import OptionError
+from zinfer.experts.cache import ExpertCache
+from zinfer.experts.forward import ATTRIBUTE, StreamedExperts, read_one_by_one
 from zinfer.opening import Target, open_attached, open_cpu
 from zinfer.parts import Account, Held, Parts, Slot, gather
 from zinfer.planner.placement import Footprint, Placement
@@ -43,6 +45,7 @@ class Streaming:
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
     host: Account | None = None
+    experts: ExpertCache | None = None
 
     @property
     def loaded(self) -> bool:
@@ -85,7 +88,8 @@ def stream(
     """
     free = default_budget()  # asked once, before anything is allocated
     held = gather(model)
-    parts = Parts(held, host_budget(target.host, free), allocated)
+    by_expert = offload in ("auto", "nvme") and target.processor is None and read_one_by_one(model)
+    parts = Parts(held, host_budget(target.host, free), allocated, by_expert=by_expert)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
     processor = target.processor
     if processor is None:
@@ -110,13 +114,19 @@ def stream(
             slots,
             parameters,
             opened.host,
+            opened.experts,
         )
         streaming.install()
+        for layer, module in parts.layers:
+            assert opened.experts is not None
+            setattr(module, ATTRIBUTE, StreamedExperts(layer, opened.experts))
         if offload in ("cpu", "none"):
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)
     except BaseException:
+        if opened.experts is not None:
+            opened.experts.close()
         device.close()
         raise
     return streaming

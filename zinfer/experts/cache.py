@@ -1,0 +1,226 @@
+"""Experts in host memory: a slot for each, read when a router picks it, kept as long as there is room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from zinfer.device.host import Host, flagged, view_of
+from zinfer.errors import BudgetError, ClosedError
+from zinfer.experts.layers import Expert
+from zinfer.pinned import Pool
+from zinfer.pinned.pages import give_back
+
+LOOK_EVERY = 0.0002  # seconds between looks which of several experts has landed
+
+
+class Slot:
+    """One expert, on its way or there. `users`: passes that want it now; nobody else may have its memory meanwhile."""
+
+    __slots__ = ("expert", "memory", "request", "tensors", "users")
+
+    def __init__(self, expert: Expert, memory: Any, request: Any) -> None:
+        self.expert = expert
+        self.memory: Any = memory
+        self.request: Any = request
+        self.tensors: list[torch.Tensor] | None = None
+        self.users = 1
+
+
+class Counters:
+    """Since the start: experts that were asked for and there, or not; bytes read for those; seconds waited."""
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.misses = 0
+        self.read_bytes = 0
+        self.evictions = 0
+        self.wait_seconds = 0.0
+
+
+class ExpertCache:
+    """At most `limit` bytes of experts, read through `host`. Any thread may call any method; one lock guards it.
+
+        absent --picked--> reading --landed--> there --evicted--> absent
+                                        (users > 0: neither evicted nor given back)
+
+    The least recently used leaves first. Where one layer's experts do not fit together, they pass through: those that
+    were computed with make room for the next.
+    """
+
+    def __init__(self, host: Host, limit: int, *, floor: int) -> None:
+        self._host = host
+        self.limit, self.floor = limit, floor
+        self._pool = Pool(limit, page_lock="off", touch_threads=0)
+        self._lock = threading.RLock()
+        self._slots: OrderedDict[Expert, Slot] = OrderedDict()  # the least recently used first
+        self._used = 0
+        self._room = threading.Condition(self._lock)
+        self._closed = False
+        self.counters = Counters()
+
+    @property
+    def pool(self) -> Pool:
+        """Where the slots lie."""
+        return self._pool
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of slots that hold an expert, or are being read into."""
+        return self._used
+
+    @property
+    def count(self) -> int:
+        """Experts that are there or on their way."""
+        return len(self._slots)
+
+    def arrivals(self, wanted: Sequence[Expert]) -> Iterator[tuple[Expert, list[torch.Tensor]]]:
+        """Each of `wanted` with its tensors, in the order of landing; valid until the next one is asked for.
+
+        All that are missing are requested at once, as far as there is room. Raises DriveError,
+        CheckpointChangedError, ClosedError, and BudgetError where not even one has room.
+        """
+        held: list[Slot] = []
+        waiting = deque(wanted)
+        try:
+            with self._lock:
+                self._request(waiting, held, first=True)
+            while held or waiting:
+                if not held:
+                    with self._room:
+                        self._request(waiting, held)
+                        if not held and not self._room.wait(1.0):
+                            self._refuse(waiting[0])
+                    continue
+                slot = self._landed(held)
+                yield slot.expert, self._tensors(slot)
+                held.remove(slot)
+                with self._lock:
+                    self._done(slot)
+                    self._request(waiting, held)
+        finally:
+            with self._lock:
+                for slot in held:
+                    self._done(slot)
+
+    def resize(self, limit: int) -> None:
+        """Hold at most `limit` bytes from now on, or `floor`, if that is more; memory that is not needed goes back."""
+        with self._lock:
+            self.limit = max(self.floor, min(limit, self._pool.capacity))
+            for expert in [expert for expert, slot in self._slots.items() if not slot.users]:
+                if self._used <= self.limit:
+                    break
+                self._evict(expert, for_good=True)
+
+    def close(self) -> None:
+        """Drop every expert and give the memory back as soon as the last tensor on it dies."""
+        with self._lock:
+            self._closed = True
+            self._slots.clear()
+            self._room.notify_all()
+        self._pool.close()
+
+    def _request(self, waiting: deque[Expert], held: list[Slot], *, first: bool = False) -> None:
+        """Take or start those `waiting`, until there is no room. `first`: those that are there come before all others."""
+        if self._closed:
+            raise ClosedError("this model was closed; call zinfer.run again to use it")
+        if first:
+            for expert in [expert for expert in waiting if expert in self._slots]:
+                waiting.remove(expert)
+                self._take(expert, held)
+        while waiting:
+            expert = waiting[0]
+            if expert in self._slots:  # another thread has asked for it meanwhile
+                self._take(waiting.popleft(), held)
+                continue
+            memory = self._make_room(expert.nbytes)
+            if memory is None:
+                return
+            waiting.popleft()
+            request = self._host.read(expert.layout, memory, memory.address, urgent=True)
+            self._host.note(request, expert.name, "demand")
+            slot = self._slots[expert] = Slot(expert, memory, request)
+            self._used += expert.nbytes
+            held.append(slot)
+            self.counters.misses += 1
+            self.counters.read_bytes += request.nbytes
+
+    def _take(self, expert: Expert, held: list[Slot]) -> None:
+        slot = self._slots[expert]
+        slot.users += 1
+        self._slots.move_to_end(expert)
+        held.append(slot)
+        self.counters.hits += 1
+
+    def _make_room(self, nbytes: int) -> Any | None:
+        while True:
+            if self._used + nbytes <= self.limit and (memory := self._pool.acquire(nbytes)) is not None:
+                return memory
+            victim = next((expert for expert, slot in self._slots.items() if not slot.users), None)
+            if victim is None:
+                return None
+            self._evict(victim, for_good=False)
+
+    def _evict(self, expert: Expert, *, for_good: bool) -> None:
+        slot = self._slots.pop(expert)
+        self._used -= expert.nbytes
+        self.counters.evictions += 1
+        address = slot.memory.address
+        if slot.tensors is not None:
+            slot.tensors.clear()  # the list may still be a caller's, and would keep the memory
+        slot.memory = slot.request = None
+        if for_good:
+            give_back(address, expert.nbytes)
+
+    def _done(self, slot: Slot) -> None:
+        slot.users -= 1
+        failed = slot.tensors is None and slot.request is not None and slot.request.done
+        if failed and not slot.users and self._slots.get(slot.expert) is slot:
+            # Nobody has seen its bytes: whoever asks next reads anew rather than meet an old failure.
+            self._evict(slot.expert, for_good=False)
+        self._room.notify_all()
+
+    def _landed(self, held: list[Slot]) -> Slot:
+        """One of `held` that is there, waiting for the first to land if none is."""
+        started = None
+        while True:
+            for slot in held:
+                if slot.tensors is not None or slot.request.done:
+                    if started is not None:
+                        self.counters.wait_seconds += time.perf_counter() - started
+                    return slot
+            if started is None:
+                started = time.perf_counter()
+            held[0].request.wait(LOOK_EVERY)
+
+    def _tensors(self, slot: Slot) -> list[torch.Tensor]:
+        if slot.tensors is None:
+            slot.request.wait()
+            self._host.refuse_changes(slot.expert.paths)
+            with self._lock:
+                if slot.tensors is None:
+                    slot.tensors = _views(slot.expert, slot.memory)
+                    slot.request = None
+        return slot.tensors
+
+    def _refuse(self, expert: Expert) -> None:
+        raise BudgetError(
+            f"{expert.name} needs {expert.nbytes} bytes of the {self.limit} that experts may take, and other threads or "
+            f"the caller hold those; raise max_memory['cpu'] by {expert.nbytes} bytes"
+        )
+
+
+def _views(expert: Expert, memory: Any) -> list[torch.Tensor]:
+    """Its tensors. Each is a view of a leaf, as `weight[index]` is in memory: torch chooses kernels by that."""
+    found = []
+    with torch.inference_mode(False), torch.no_grad():
+        for placed, start, trained in zip(
+            expert.placements, expert.layout.starts, expert.requires_grad, strict=True
+        ):
+            found.append(flagged(view_of(memory, start, placed).unsqueeze(0), trained)[0])
+    return found
