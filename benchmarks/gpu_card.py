@@ -62,6 +62,10 @@ class Card(ABC):
         """Room for what is measured beside a model; given back at the end."""
         yield
 
+    def nvml(self) -> Callable[[], int] | None:
+        """What tells, as used(), by the driver's own library; None where that cannot be asked."""
+        return None
+
     def facts(self) -> dict[str, str]:
         """What the figures depend on, as text."""
         return {"card": f"{self.name}, {self.total / 2**30:.1f} GiB"}
@@ -83,7 +87,12 @@ class Card(ABC):
         """Bytes a second that are read and written on the card."""
         source = torch.empty(self.copy_bytes, dtype=torch.uint8, device=self.torch_device)
         target = torch.empty_like(source)
-        return self._rate(lambda: target.copy_(source), 2 * self.copy_bytes, seconds)
+
+        def work() -> None:
+            for _ in range(COPIES):  # so that starting them, and waiting for the last, count for little
+                target.copy_(source)
+
+        return self._rate(work, 2 * COPIES * self.copy_bytes, seconds)
 
     def matmul_rate(self, rows: int, width: int, out: int, seconds: float) -> float:
         """Flop a second of products of a bf16 matrix of `rows` rows with an `out` x `width` weight."""
@@ -137,8 +146,10 @@ class CudaCard(Card):
                 "with one, or try the benchmark itself with --staged"
             )
         # Before this process takes any of it: what is in use now is others'.
+        self._nvml = nvml_counter(visible_device())
+        self._others_by_nvml = self._nvml() if self._nvml is not None else 0
         found = _smi("--query-gpu=memory.used,driver_version", "-i", visible_device()).split(",")
-        self._others = int(found[0]) * MIB if found[0].strip().isdigit() else 0
+        self._others = int(found[0]) * MIB if found[0].strip().isdigit() else self._others_by_nvml
         self._driver = found[1].strip() if len(found) > 1 else "not told"
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.torch_device)
@@ -157,9 +168,17 @@ class CudaCard(Card):
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return total - free - self._others
 
+    def nvml(self) -> Callable[[], int] | None:
+        """See Card."""
+        count, others = self._nvml, self._others_by_nvml
+        return None if count is None else lambda: count() - others
+
     @contextmanager
     def beyond_limit(self) -> Iterator[None]:
         """See Card: of torch's allocator, which zinfer keeps within its budget."""
+        if not hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 may lack it
+            yield  # within the limit: what is measured takes little
+            return
         share = torch.cuda.get_per_process_memory_fraction(self.torch_device)
         torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
         try:
@@ -191,7 +210,7 @@ class StagedCard(Card):
     most_bytes = 1e8
     torch_device = torch.device("cpu")
     name = "staged"
-    total = 1 << 34
+    total = 1 << 26  # so small that zinfer measures it with small products
 
     def __init__(self) -> None:
         self._processor: StagedProcessor | None = None
@@ -214,13 +233,22 @@ class StagedCard(Card):
 
 
 class Watch:
-    """The most bytes that `used` told of while it was entered, any number of times: `peak`. For one thread."""
+    """The most bytes that each of `used` told of while it was entered, any number of times: `peaks`. For one thread.
 
-    def __init__(self, used: Callable[[], int]) -> None:
-        self.peak = 0
+    Leaving it raises what kept one of them from telling.
+    """
+
+    def __init__(self, *used: Callable[[], int]) -> None:
+        self.peaks = [0] * len(used)
         self._used = used
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def peak(self) -> int:
+        """The first one's."""
+        return self.peaks[0]
 
     def __enter__(self) -> Watch:
         self._over.clear()
@@ -228,16 +256,21 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
 
     def _sample(self) -> None:
         over = False
-        while not over:
-            over = self._over.wait(SAMPLE_SECONDS)  # and once more at the end
-            self.peak = max(self.peak, self._used())
+        try:
+            while not over:
+                over = self._over.wait(SAMPLE_SECONDS)  # and once more at the end
+                self.peaks = [max(peak, used()) for peak, used in zip(self.peaks, self._used, strict=True)]
+        except Exception as error:  # whatever it is, a peak that was not seen is no peak
+            self._error = error
 
 
 def listed_bytes(listing: str, process: int) -> int | None:
@@ -247,6 +280,25 @@ def listed_bytes(listing: str, process: int) -> int | None:
         if number.strip() == str(process) and size.strip().isdigit():
             return int(size) * MIB
     return None
+
+
+def nvml_counter(card: str) -> Callable[[], int] | None:
+    """What tells how many bytes of `card`, a number or a UUID, are in use; None without nvidia-ml-py, or its driver.
+
+    Everybody's, and what the driver keeps for itself: to be held against what it tells beforehand.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        find = pynvml.nvmlDeviceGetHandleByIndex if card.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        handle = find(int(card) if card.isdigit() else card)
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError:
+        return None
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
 def visible_device() -> str:

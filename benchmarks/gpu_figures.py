@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import Any
 
 from benchmarks import BenchmarkError
 from benchmarks.report import Requirement, Spread, table
@@ -80,13 +81,19 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What `zinfer.plan` says a token takes, in seconds, and what limits it: drive, pcie or compute."""
+
+    seconds: float
+    bottleneck: str
+
+
+@dataclass(frozen=True)
 class Decode:
-    """Rounds of decoding at one batch. `bound`: seconds a token by the planner, if it knew, limited by `bottleneck`."""
+    """Rounds of decoding at one batch, at least one of them."""
 
     batch: int
     rounds: list[Round]
-    bound: float | None
-    bottleneck: str
 
     @property
     def seconds_a_token(self) -> float:
@@ -120,28 +127,45 @@ class Stress:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the card: the budget, the most that the driver counted while a model ran, and by its process list."""
+    """Bytes of the card: the budget, the most that the driver counted while a model ran, and by its process list.
+
+    `peak` by the CUDA runtime's count of what is free, `nvml` by the driver's own library, `listed` by its list of
+    processes; None where those are not there, or do not know.
+    """
 
     budget: int
     peak: int
-    listed: int | None
+    nvml: int | None = None
+    listed: int | None = None
 
 
 @dataclass
 class Findings:
-    """What was measured; None or empty where that was left out, or failed, as `failed` tells."""
+    """What was measured; None or empty where that was left out, or failed, as `failed` tells.
+
+    `plans`: the planner's figures for each batch, with its own measurement of this machine and card (zinfer.plan with
+    device=); `plain`: with the rates of plain torch, and with the drive's, that the other figures are held against.
+    """
 
     budget: int
     sweeps_wanted: int
+    decode_batches: list[int] = field(default_factory=lambda: [1, 64])
+    card: str = "no card"
+    facts: dict[str, str] = field(default_factory=dict)
+    checkpoint: str = ""
+    layers: int = 0
     model_bytes: int = 0
+    hardware: dict[str, Any] | None = None
     peak_flops: float = 0.0
+    plans: dict[int, Bound] = field(default_factory=dict)
+    plain: dict[int, Bound] = field(default_factory=dict)
     from_host: list[Decode] = field(default_factory=list)
     from_drive: list[Round] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     memory: Memory | None = None
     stress: Stress | None = None
     tests: list[str] | None = None  # a line for each process of tests that failed
-    sanitizer: str = "compute-sanitizer is not there"
+    sanitizer: str = "it was not run"
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -156,49 +180,71 @@ class Findings:
 
 
 def requirements(found: Findings) -> list[Requirement]:
-    """What the issue asks of each part that was measured; a part that was not is a requirement missed."""
+    """What the issue asks of each part; what was not measured is a requirement missed."""
+    model = found.model_bytes / found.budget if found.model_bytes else None
     wanted = [
-        Requirement("model's bytes / device budget", found.model_bytes / found.budget, TIMES_BUDGET, True),
+        Requirement("model's bytes / device budget", model, TIMES_BUDGET, True),
         Requirement("parts that failed or were left out", len(found.failed), 0, False),
     ]
     if found.tests is not None:
         wanted.append(Requirement("GPU tests: processes that failed", len(found.tests), 0, False))
-    streaming = next((each for each in found.from_host if each.batch == 1), None)
-    if streaming is not None:
-        share = median(each.copy_share for each in streaming.rounds)
-        idle = median(each.idle for each in streaming.rounds)
-        wanted += [
-            Requirement("host -> GPU: bytes a second / pinned copies", share, SHARE_BOUND, True),
-            Requirement("host -> GPU: share of a sweep without a copy", idle, IDLE_BOUND, False),
-        ]
-    if found.from_drive:
-        share = median(each.read_share for each in found.from_drive)
-        wanted.append(Requirement("NVMe -> GPU: bytes a second / the drive", share, SHARE_BOUND, True))
-    for each in found.from_host:
-        if each.bound:
-            name, ratio = (
-                f"decode, batch {each.batch}: s a token / planner's",
-                each.seconds_a_token / each.bound,
-            )
-            wanted.append(Requirement(name, ratio, PLAN_BOUND, False))
-    if found.prefills:
-        best = found.best or found.prefills[0]
-        name = f"prefill, batch {best.batch}: flop a second / matmul peak"
-        wanted.append(Requirement(name, found.share_of_peak(best), PEAK_BOUND, True))
-    if (memory := found.memory) is not None:
-        name = "peak device memory by the driver / budget"
-        wanted.append(Requirement(name, memory.peak / memory.budget, 1, False))
-        if memory.listed is not None:
-            name = "device memory by the driver's list of processes / budget"
-            wanted.append(Requirement(name, memory.listed / memory.budget, 1, False))
-    if (stress := found.stress) is not None:
-        wanted += [
-            Requirement(
-                "stress: sweeps with recycled memory poisoned", stress.sweeps, found.sweeps_wanted, True
-            ),
-            Requirement("stress: sweeps with other logits", stress.different, 0, False),
-        ]
-    return wanted
+    alone = [each for part in found.from_host if part.batch == 1 for each in part.rounds]
+    wanted += [
+        Requirement(
+            "host -> GPU: bytes a second / pinned copies",
+            _median([each.copy_share for each in alone]),
+            SHARE_BOUND,
+            True,
+        ),
+        Requirement(
+            "host -> GPU: share of a sweep without a copy",
+            _median([each.idle for each in alone]),
+            IDLE_BOUND,
+            False,
+        ),
+        Requirement(
+            "NVMe -> GPU: bytes a second / the drive",
+            _median([each.read_share for each in found.from_drive]),
+            SHARE_BOUND,
+            True,
+        ),
+    ]
+    for batch in found.decode_batches:
+        each = next((part for part in found.from_host if part.batch == batch), None)
+        bound = found.plans.get(batch)
+        ratio = each.seconds_a_token / bound.seconds if each and bound else None
+        wanted.append(Requirement(f"decode, batch {batch}: s a token / planner's", ratio, PLAN_BOUND, False))
+    best = found.best
+    name = f"prefill, batch {best.batch}" if best else "prefill"
+    share = found.share_of_peak(best) if best and found.peak_flops else None
+    wanted.append(Requirement(f"{name}: flop a second / matmul peak", share, PEAK_BOUND, True))
+    wanted += _memory(found.memory)
+    stress = found.stress
+    sweeps, different = (stress.sweeps, stress.different) if stress else (None, None)
+    return [
+        *wanted,
+        Requirement("stress: sweeps with recycled memory poisoned", sweeps, found.sweeps_wanted, True),
+        Requirement("stress: sweeps with other logits", different, 0, False),
+    ]
+
+
+def _memory(memory: Memory | None) -> list[Requirement]:
+    """By the runtime's count in any case, by what else the driver tells where it does."""
+    name = "peak device memory by the driver / budget"
+    if memory is None:
+        return [Requirement(name, None, 1, False)]
+    counts = [
+        (name, memory.peak),
+        ("peak device memory by NVML / budget", memory.nvml),
+        ("device memory by the driver's list of processes / budget", memory.listed),
+    ]
+    return [
+        Requirement(name, nbytes / memory.budget, 1, False) for name, nbytes in counts if nbytes is not None
+    ]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
 
 
 def decode_table(found: Findings) -> str:
@@ -208,14 +254,14 @@ def decode_table(found: Findings) -> str:
             f"host memory, batch {each.batch}",
             *_rates(each.rounds, [one.copied / one.seconds for one in each.rounds]),
             Spread.of([one.idle * 100 for one in each.rounds]).text(),
-            f"{each.bound:.3f} ({each.bottleneck})" if each.bound else "",
+            *(_planned(bounds.get(each.batch)) for bounds in (found.plans, found.plain)),
         ]
         for each in found.from_host
     ]
     if found.from_drive:
         mine = found.from_drive
         idle = Spread.of([one.idle * 100 for one in mine]).text()
-        rows.append(["drive, batch 1", *_rates(mine, [one.read / one.seconds for one in mine]), idle, ""])
+        rows.append(["drive, batch 1", *_rates(mine, [one.read / one.seconds for one in mine]), idle, "", ""])
     header = [
         "from",
         "s a token",
@@ -223,8 +269,13 @@ def decode_table(found: Findings) -> str:
         "plain copies, or the drive, GB/s",
         "% without a copy",
         "planner's s",
+        "its s with plain rates",
     ]
     return table(header, rows) if rows else ""
+
+
+def _planned(bound: Bound | None) -> str:
+    return f"{bound.seconds:.3f} ({bound.bottleneck})" if bound else ""
 
 
 def _rates(rounds: Sequence[Round], moved: Sequence[float]) -> list[str]:
@@ -256,12 +307,11 @@ def remarks(found: Findings) -> list[str]:
     if (best := found.best) is not None:
         lines.append(f"The fastest prefill is that of batch {best.batch}.")
     if (memory := found.memory) is not None:
-        listed = (
-            "it lists no processes here" if memory.listed is None else f"{memory.listed / GB:.3f} GB listed"
-        )
+        nvml = "not asked" if memory.nvml is None else f"{memory.nvml / GB:.3f} GB"
+        listed = "it lists none here" if memory.listed is None else f"{memory.listed / GB:.3f} GB"
         lines.append(
-            f"Device memory: budget {memory.budget / GB:.3f} GB, peak by the driver {memory.peak / GB:.3f} GB, "
-            f"{listed}."
+            f"Device memory: budget {memory.budget / GB:.3f} GB, peak by the driver {memory.peak / GB:.3f} GB; "
+            f"peak by NVML: {nvml}; by the driver's list of processes: {listed}."
         )
     if (stress := found.stress) is not None:
         lines.append(

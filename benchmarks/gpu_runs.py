@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ class Shape:
 def model_folder(folder: str, shape: Shape) -> str:
     """Where make_model puts it."""
     return os.path.join(folder, f"llama-{shape.hidden}x{shape.layers}")
+
+
+def fitting_layers(shape: Shape, room: int) -> Shape:
+    """`shape` with the layers that `room` bytes hold, beside embedding and head in bf16; all of them at most."""
+    heads = 2 * 2 * shape.vocabulary * shape.hidden
+    layer = 2 * shape.hidden * (4 * shape.hidden + 3 * shape.intermediate)  # more than grouped heads take
+    return replace(shape, layers=min(shape.layers, max(1, (room - heads) // layer)))
 
 
 def make_model(folder: str, shape: Shape) -> str:
@@ -114,13 +121,13 @@ def card_hardware(card: Card, shape: Shape, drive: float, seconds: float) -> tup
 
 @contextmanager
 def streaming(
-    card: Card, checkpoint: str, offload: str, ceilings: dict[Any, int], **changes: Any
+    card: Card, files: Sequence[str], offload: str, ceilings: dict[Any, int], **changes: Any
 ) -> Iterator[Any]:
-    """A model that streams to `card`; `changes` as for zinfer.run."""
+    """The model whose checkpoint `files` are, streaming to `card`; `changes` as for zinfer.run."""
     processor = card.processor()
     try:
         model = zinfer.run(
-            checkpoint,
+            os.path.dirname(files[0]),
             device=processor,
             offload=offload,
             max_memory=ceilings,
@@ -168,18 +175,20 @@ def decode(
     tokens: int,
     yardstick: Callable[[], float],
     watch: Watch,
-) -> list[Round]:
+    left: Callable[[], float],
+) -> Iterator[Round]:
     """Decode after `ids`, `tokens` in a row that count in each round, with `yardstick` before and after each.
 
     The first token after a pause does not count, as the windows filled meanwhile, nor does the last, in which nothing
-    is read or copied for a next one.
+    is read or copied for a next one. There are `rounds`, but for those that would take longer than the seconds `left`.
     """
     step = Stepper(model, ids)
     with watch:
         step()
     settle(card, model)
-    before, found = yardstick(), []
-    for _ in range(rounds):
+    before = yardstick()
+    for number in range(rounds):
+        begun = time.monotonic()
         with watch:
             step()
             read, started = model.zinfer.bytes_read, time.perf_counter()
@@ -190,9 +199,10 @@ def decode(
         settle(card, model)
         copied = copying(timeline_of(model), tokens)
         after = yardstick()
-        found.append(Round(tokens, seconds, copied.nbytes, copied.busy, read, (before, after)))
+        yield Round(tokens, seconds, copied.nbytes, copied.busy, read, (before, after))
         before = after
-    return found
+        if number + 1 < rounds and left() < time.monotonic() - begun:
+            return
 
 
 def settle(card: Card, model: Any) -> None:
@@ -221,19 +231,22 @@ def layer_flops(model: Any) -> int:
 def prefill(
     card: Card,
     model: Any,
-    found: list[Prefill],
     *,
     batches: Sequence[int],
     prompt: int,
     passes: int,
     watch: Watch,
     left: Callable[[], float],
-) -> None:
-    """Read `prompt` tokens of each sequence at rising batches, until one does not fit or no seconds are `left`."""
+) -> Iterator[Prefill]:
+    """Read `prompt` tokens of each sequence at rising batches, until one does not fit memory, or the seconds `left`.
+
+    How long one takes is told by the one before it.
+    """
+    token = 0.0  # seconds of a pass for each of its tokens, at most
     for batch in batches:
         flops = float(batch * prompt * layer_flops(model))
-        if left() <= 0:
-            found.append(Prefill(batch, prompt, flops, failed="no time was left"))
+        if left() <= (1 + passes) * token * batch * prompt:
+            yield Prefill(batch, prompt, flops, failed="no time was left")
             return
         ids = prompts(card, batch, prompt, model.config.vocab_size)
         try:
@@ -242,11 +255,14 @@ def prefill(
                 seconds = [_seconds(Stepper(model, ids)) for _ in range(passes)]
         except (BudgetError, torch.OutOfMemoryError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            found.append(Prefill(batch, prompt, flops, failed=reason[:REASON]))
+        else:
+            reason = ""
+            token = max(seconds) / (batch * prompt)
+        gc.collect()  # not while the error holds the frames, and what they hold
+        if reason:
+            yield Prefill(batch, prompt, flops, failed=reason[:REASON])
             return
-        finally:
-            gc.collect()
-        found.append(Prefill(batch, prompt, flops, seconds))
+        yield Prefill(batch, prompt, flops, seconds)
 
 
 def _seconds(work: Callable[[], None]) -> float:

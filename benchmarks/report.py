@@ -44,16 +44,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A figure to reach: `measured` (the median over the rounds) against `bound`."""
+    """A figure to reach: `measured` (the median over the rounds) against `bound`; None: it was not measured."""
 
     name: str
-    measured: float
+    measured: float | None
     bound: float
     at_least: bool
 
     @property
     def met(self) -> bool:
-        """Whether the figure was reached."""
+        """Whether the figure was reached; not where there is none."""
+        if self.measured is None:
+            return False
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
@@ -120,7 +122,7 @@ def requirements_table(requirements: Sequence[Requirement]) -> str:
     rows = [
         [
             item.name,
-            f"{item.measured:.4g}",
+            "not measured" if item.measured is None else f"{item.measured:.4g}",
             f"{'>=' if item.at_least else '<='} {item.bound:.4g}",
             _verdict(item),
         ]

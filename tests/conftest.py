@@ -24,7 +24,8 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long tests/native/test_soak.py and test_pool_soak.py run."""
+    """How long tests/native/test_soak.py and test_pool_soak.py run, and which tests."""
+    parser.addoption("--share", help="N/M: of the tests found only every M-th, from the N-th on")
     parser.addoption("--requests", type=int, default=100_000, help="random requests of the I/O soak test")
     parser.addoption(
         "--pool-operations",
@@ -32,6 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=200_000,
         help="random acquires and releases of the pool soak test",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests out that are not in the share asked for."""
+    if share := config.getoption("--share"):
+        number, count = map(int, share.split("/"))
+        items[:] = items[number - 1 :: count]
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from zinfer.budgets import CACHE_SHARE
+from zinfer.device.attached import AttachedDevice
 from zinfer.device.host import bounce_bytes
-from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
 from zinfer.kv_cache import Pass, cache_growth
 from zinfer.kv_offload.lane import Lane
@@ -34,12 +34,23 @@ class CachesOnHost:
     """
 
     def __init__(
-        self, model: nn.Module, processor: Processor, host: Account, itemsize: int, recorder: Recorder | None
+        self,
+        model: nn.Module,
+        device: AttachedDevice,
+        host: Account,
+        itemsize: int,
+        recorder: Recorder | None,
     ) -> None:
+        processor = device.processor
         page_lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
         self._weights = host.residents + host.window + host.conversions + host.small + host.bounce
         self._ceiling = host.ceiling
-        self._space = Space(host.ceiling - self._weights, page_lock=page_lock, current=processor.current)
+        self._space = Space(
+            host.ceiling - self._weights,
+            page_lock=page_lock,
+            current=processor.current,
+            page_locks=device.page_locks,
+        )
         self._processor = processor
         self._recorder = recorder
         self._config: Any = model.config

@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from zinfer.device.processor import Event, Processor
-from zinfer.dry_run import Recorder
 from zinfer.errors import BudgetError
+from zinfer.pass_recorder import Recorder
 from zinfer.pinned import Pool
 from zinfer.planner.hardware import Curve
 

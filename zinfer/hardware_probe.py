@@ -1,12 +1,11 @@
 """Measure the machine at hand for the planner, in a few seconds, and keep the figures.
 
-Every figure is a median. Arithmetic is measured as models run it: torch's own linear operator, with the thread count
-of this process, over weights that follow one another like layers, so that no cache holds them from one use to the next.
+Here are the drive, and what is kept; cpu_probe.py measures arithmetic and memory, device_probe.py a device.
 
 The figures are kept (see hardware_cache.py), one record a drive; a record counts while processor, torch, its thread
-count, transformers, the memory and the drive are the same, and this module measures as it did. So are those of a device
-with memory of its own (see device_probe.py), while the device and its driver are the same too. What was measured while
-other programs computed is not kept.
+count, transformers, the memory and the drive are the same, and figures are measured in the same way. So are those of a
+device with memory of its own, while the device and its driver are the same too. What was measured while other programs
+computed is not kept.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ import logging
 import os
 import platform
 import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +23,27 @@ import psutil
 import torch
 import transformers
 
+from zinfer import cpu_probe
 from zinfer.aio.block_device import BlockDevice, block_device_of
 from zinfer.aio.probe import BLOCK_BYTES, measure_read_rate
 from zinfer.aio.profile import load_profile
 from zinfer.aio_bench.target import made_targets
 from zinfer.device.processor import Processor
-from zinfer.device_probe import FIGURES, device_conditions, measure_device, step_without_work
+from zinfer.device_probe import FIGURES, device_conditions, measure_device
 from zinfer.errors import DriveError, OptionError, StoreError
 from zinfer.hardware_cache import cache_path, load, save
-from zinfer.planner.hardware import FLOPS_RANGE, RANGES, WITHOUT_DEVICE, Curve, Hardware, hardware_from
-from zinfer.planner.memory import free_memory, parse_size, total_memory
+from zinfer.planner.hardware import FLOPS_RANGE, RANGES, WITHOUT_DEVICE, Hardware, hardware_from
+from zinfer.planner.memory import free_memory, total_memory
 
 logger = logging.getLogger("zinfer")
 
 METHOD = 2  # raised whenever a figure is measured in another way: older ones do not count
-WIDTH = 4096  # of the square weights that are multiplied with
-WORKING_SET = 512 << 20  # bytes gone through in turn; a quarter of what is free if that is less
-BEYOND = 4  # ... and this many times what all caches hold, where they are larger
-LEAST_SET = 64 << 20
-ROWS = (1, 8, 16, 32, 64, 128, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-SECONDS = 0.2  # of measuring each point
 DRIVE_SECONDS, DRIVE_TIMES = 1.5, 5
 WINDOW_BYTES = 256 << 20
 SAMPLE_BYTES = 256 << 20  # of the temporary file that is read where there is no checkpoint and no profile
-COPY_BYTES = 16 << 20  # of a result; its two halves are joined
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 CPU_INFO = Path("/proc/cpuinfo")
-# Sequences, heads, tokens and width of the cache that attention is measured with.
-ATTENTION = (16, 32, 128, 128)
 BUSY_PERCENT, BUSY_SECONDS = 25, 0.2  # of all cores, used by others before anything is measured
-BUSY = 1.6  # a median this many times the fastest quarter: something else was running
 MEASURED = (
     "drive_read",
     "host_bandwidth",
@@ -199,9 +185,9 @@ def _usable(record: Any, conditions: dict[str, Any]) -> Hardware | None:
 
 def _measure(paths: Sequence[str], device: BlockDevice) -> tuple[Hardware, bool]:
     """The figures, and whether other programs were computing meanwhile."""
-    curves, busy = {}, psutil.cpu_percent(BUSY_SECONDS) > BUSY_PERCENT
+    width, curves, busy = cpu_probe.WIDTH, {}, psutil.cpu_percent(BUSY_SECONDS) > BUSY_PERCENT
     for name, dtype in DTYPES.items():
-        curves[name], disturbed = _curve(dtype)
+        curves[name], disturbed = cpu_probe.linear_curve(dtype)
         busy = busy or disturbed
     if busy:
         logger.warning(
@@ -221,19 +207,19 @@ def _measure(paths: Sequence[str], device: BlockDevice) -> tuple[Hardware, bool]
         device_bandwidth=0,
         host_to_device=0,
         matmul=curves,
-        copy_bandwidth=_copy_rate(),
-        attention_bandwidth=_attention_rate(),
-        operator_seconds=_operator_seconds(),
+        copy_bandwidth=cpu_probe.copy_rate(),
+        attention_bandwidth=cpu_probe.attention_rate(),
+        operator_seconds=cpu_probe.operator_seconds(),
         sources={
             "drive_read": how,
             "host_memory": "the machine's, or its memory cgroup's limit",
             "host_bandwidth": f"{measured}: matrix times vector, working set beyond the caches",
-            "copy_bandwidth": f"{measured}: tensors of {COPY_BYTES >> 20} MiB joined, as a cache grows, "
+            "copy_bandwidth": f"{measured}: tensors of {cpu_probe.COPY_BYTES >> 20} MiB joined, as a cache grows, "
             "working set beyond the caches",
             "attention_bandwidth": f"{measured}: one query a head over caches of keys and values, "
             "working set beyond the processor's caches",
             "operator_seconds": f"{measured}: a decoding step of a transformer with hardly any weights",
-            "matmul": f"{measured}: products with {WIDTH} x {WIDTH} weights, working set beyond the caches",
+            "matmul": f"{measured}: products with {width} x {width} weights, working set beyond the caches",
         },
     )
     return found, busy
@@ -310,112 +296,6 @@ def _with_profile(found: Hardware, device: BlockDevice) -> Hardware:
     fields["drive_read"] = profile.read_rate
     fields["sources"]["drive_read"] = f"{device.name}: aio_bench's profile of {profile.measured}"
     return hardware_from(fields, "aio_bench's profile")
-
-
-def _curve(dtype: torch.dtype) -> tuple[Curve, bool]:
-    """(rows, flop/s) of a linear layer, from one row, where memory limits, to many, where arithmetic does.
-
-    Also whether the times varied as they do only when other programs compute at the same time.
-    """
-    each = WIDTH * WIDTH * dtype.itemsize
-    count = max(2, _working_set() // each)
-    # Like streamed parameters, these require grad: torch takes another path for those that do not.
-    # Random values: with one value throughout, processors draw less power and compute faster than in a model.
-    random = torch.Generator().manual_seed(0)
-    base = torch.randn(WIDTH, WIDTH, generator=random).mul_(0.02).to(dtype)
-    weights = [base.clone().requires_grad_(True) for _ in range(count)]
-    points, spreads = [], []
-    for rows in ROWS:
-        x = torch.randn(rows, 1, WIDTH, generator=random).to(dtype)
-        times = _times(partial(_product, x, weights))
-        median = statistics.median(times)
-        points.append((rows, 2 * rows * WIDTH * WIDTH / median))
-        spreads.append(median / times[len(times) // 4])
-    return tuple(points), statistics.median(spreads) > BUSY
-
-
-def _product(x: torch.Tensor, weights: Sequence[torch.Tensor], turn: int) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weights[turn % len(weights)])
-
-
-def _working_set() -> int:
-    """Bytes to go through in turn, so that each has left the processor's caches when its turn comes again."""
-    return min(max(WORKING_SET, BEYOND * _cache_bytes()), max(free_memory() // 4, LEAST_SET))
-
-
-def _cache_bytes() -> int:
-    """What the processors' largest caches hold together; 0 where the kernel does not tell."""
-    most = 0
-    for folder in CACHES.glob("index*"):
-        try:
-            size = parse_size((folder / "size").read_text().strip())
-            shared = sum(
-                int(last or first) - int(first) + 1
-                for first, _, last in (
-                    part.partition("-")
-                    for part in (folder / "shared_cpu_list").read_text().strip().split(",")
-                )
-            )
-        except (OSError, ValueError):
-            continue
-        most = max(most, size * -(-(os.cpu_count() or 1) // max(shared, 1)))
-    return most
-
-
-def _copy_rate() -> float:
-    """Bytes read and written a second by an operator that allocates its result.
-
-    Parts and results each fill half a working set: what is read comes from memory, and what is written ends there.
-    """
-    count = max(2, _working_set() // (2 * COPY_BYTES))
-    # Ones: pages of zeros that nobody wrote are all the same one.
-    parts = [torch.ones(COPY_BYTES // 4, dtype=torch.bfloat16) for _ in range(2 * count)]
-    results: deque[torch.Tensor] = deque(maxlen=count)
-
-    def join(turn: int) -> None:
-        first = 2 * (turn % count)
-        results.append(torch.cat(parts[first : first + 2]))
-
-    for turn in range(count):  # pages that are new to the process would cost their first touch
-        join(turn)
-    return 2 * COPY_BYTES / statistics.median(_times(join))
-
-
-def _attention_rate() -> float:
-    """Bytes of keys and values a second that fused attention reads for one query a head."""
-    sequences, heads, tokens, width = ATTENTION
-    query = torch.full((sequences, heads, 1, width), 0.1, dtype=torch.bfloat16)
-    # As many, of keys and of values, as one layer's would follow another's in a large model.
-    each = sequences * heads * tokens * width * torch.bfloat16.itemsize
-    count = max(4, _working_set() // each) // 2 * 2
-    caches = [torch.full((sequences, heads, tokens, width), 0.1, dtype=torch.bfloat16) for _ in range(count)]
-    seconds = statistics.median(
-        _times(
-            lambda turn: torch.nn.functional.scaled_dot_product_attention(
-                query, caches[2 * turn % count], caches[(2 * turn + 1) % count]
-            )
-        )
-    )
-    return 2 * each / seconds
-
-
-def _operator_seconds() -> float:
-    """Seconds an operator takes besides its work: a step of a model without work, over its operators."""
-    step, count = step_without_work(torch.device("cpu"))
-    return statistics.median(_times(step)) / count
-
-
-def _times(work: Callable[[int], object]) -> list[float]:
-    """Seconds of single calls of `work`, in rising order, for about SECONDS; it is told how many came before."""
-    times: list[float] = []
-    with torch.no_grad():
-        work(0)  # the first call of a shape sets things up
-        deadline = time.perf_counter() + SECONDS
-        while time.perf_counter() < deadline or len(times) < 5:
-            started = time.perf_counter()
-            work(len(times))
-            times.append(time.perf_counter() - started)
-    return sorted(times)
 
 
 def _now() -> str:

@@ -161,6 +161,7 @@ class Residency:
             residents = self._residents
             there = frozenset(index for index in residents if weights[index].resident is not None)
             window, fixed = self._placement.window_bytes, self._fixed
+            before = self._streaming.account.window  # less than that where none could be had
             bound = frozenset(index for index in residents if not streams_through(window, footprints[index]))
             used, least = fixed + self._bytes(there), smallest(footprints)
             target = max(least, used - asked - self._spare)
@@ -172,7 +173,8 @@ class Residency:
             elif not self._divide_smaller(target, least):
                 self._keep(residents, bound)
             left = frozenset(index for index in there if weights[index].resident is not None)
-            return Given(window - self._placement.window_bytes, self._bytes(there) - self._bytes(left))
+            given = max(0, before - self._streaming.account.window)
+            return Given(given, self._bytes(there) - self._bytes(left))
 
     def _divide_smaller(self, target: int, least: int) -> bool:
         """Divide memory anew within `target` bytes, or within `least` where those cannot be had either."""
@@ -367,13 +369,24 @@ class Residency:
         deadline = time.monotonic() + patience
         before = self._divided
         self._divided = False
-        while not streaming.coordinator.renew_memory(
-            leave, join, places, now.window_bytes, streaming.unsettle
-        ):
-            if time.monotonic() > deadline:
-                self._divided = before
-                return False
-            time.sleep(BETWEEN)
+        try:
+            while not streaming.coordinator.renew_memory(
+                leave, join, places, now.window_bytes, streaming.unsettle
+            ):
+                if time.monotonic() > deadline:
+                    self._divided = before
+                    return False
+                time.sleep(BETWEEN)
+        except BaseException:
+            # What there was may have been given back, and nothing come in its place.
+            window = streaming.coordinator.device.window_bytes
+            streaming.account = replace(
+                account,
+                residents=self._bytes(self._residents),
+                window=window,
+                conversions=account.conversions if window else 0,
+            )
+            raise
         self._placement, self._divided = (
             replace(placement, resident_bytes=self._bytes(placement.residents)),
             True,

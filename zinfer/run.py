@@ -15,6 +15,7 @@ from torch import nn
 from zinfer import store
 from zinfer.attach import attach
 from zinfer.caches_on_host import CachesOnHost
+from zinfer.device.attached import AttachedDevice
 from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
 from zinfer.experts import forward as experts
@@ -229,8 +230,9 @@ def _caches(
 ) -> CachesOnHost | None:
     if not target.kv_offload:
         return None
-    assert target.processor is not None and streaming.host is not None
-    return CachesOnHost(model, target.processor, streaming.host, model.dtype.itemsize, recorder)
+    device = streaming.coordinator.device
+    assert isinstance(device, AttachedDevice) and streaming.host is not None
+    return CachesOnHost(model, device, streaming.host, model.dtype.itemsize, recorder)
 
 
 def _stand_in(tensor: torch.Tensor, entry: TensorEntry) -> SymbolicTensor:

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "pinned/errors.h"
@@ -21,6 +23,8 @@ constexpr unsigned kHostRegisterPortable = 1;
 
 struct Runtime {
   int (*device_count)(int*);
+  int (*get_device)(int*);
+  int (*set_device)(int);
   int (*host_register)(void*, size_t, unsigned);
   int (*host_unregister)(void*);
   const char* (*error_string)(int);
@@ -80,6 +84,8 @@ std::optional<Runtime> load_runtime(std::string& reason) {
   };
   Runtime runtime{};
   find(runtime.device_count, "cudaGetDeviceCount", true);
+  find(runtime.get_device, "cudaGetDevice", true);
+  find(runtime.set_device, "cudaSetDevice", true);
   find(runtime.host_register, "cudaHostRegister", true);
   find(runtime.host_unregister, "cudaHostUnregister", true);
   find(runtime.error_string, "cudaGetErrorString", true);
@@ -117,6 +123,11 @@ std::string PageLock::try_lock() {
     return "cudaGetDeviceCount: " + runtime->describe(error);
   }
   if (devices == 0) return "the CUDA runtime sees no device";
+  if (const int error = runtime->get_device(&device_); error != kSuccess) {
+    return "cudaGetDevice: " + runtime->describe(error);
+  }
+  get_device_ = runtime->get_device;
+  set_device_ = runtime->set_device;
   unregister_ = runtime->host_unregister;
   while (!locked()) {
     const size_t slab = std::min(slab_bytes_, bytes_ - locked_bytes_);
@@ -133,6 +144,22 @@ std::string PageLock::try_lock() {
 }
 
 void PageLock::unlock() noexcept {
+  if (locked_bytes_ == 0) return;
+  int current = 0;
+  if (get_device_(&current) == kSuccess && current == device_) return unregister_slabs();
+  // On a thread of its own: this one's device is somebody else's choice, and setting it back would give a device
+  // that nobody has used yet a context, which takes hundreds of megabytes there.
+  try {
+    std::thread([this] {
+      set_device_(device_);
+      unregister_slabs();
+    }).join();
+  } catch (const std::system_error&) {  // no thread to be had: better through another device than not at all
+    unregister_slabs();
+  }
+}
+
+void PageLock::unregister_slabs() noexcept {
   for (size_t at = 0; at < locked_bytes_; at += slab_bytes_) {
     // An error here means that CUDA is already shutting down, and has let go of the range itself.
     unregister_(base_ + at);

@@ -21,7 +21,8 @@ PageLockMode parse_page_lock_mode(const std::string& name);
 //
 // Owned by the pool's memory, which it must not outlive. The constructor and the destructor belong to one thread
 // each; in between nothing changes and any thread may read it. The destructor unregisters exactly what was
-// registered, and does nothing in a forked child.
+// registered, through the device that was current when it was registered, whatever thread it runs on and whatever
+// that thread has chosen, which stays as it is; it does nothing in a forked child.
 //
 // The runtime is, in this order: the library that the environment variable ZINFER_CUDART names, and then no
 // other; any libcudart the process has loaded (torch's CUDA build loads the one it ships); a libcudart on
@@ -41,12 +42,16 @@ class PageLock {
  private:
   std::string try_lock();
   void unlock() noexcept;
+  void unregister_slabs() noexcept;
 
   ForkGuard guard_;
   std::byte* base_;
   size_t bytes_;
   size_t slab_bytes_;
   size_t locked_bytes_ = 0;
+  int device_ = 0;  // current where it was registered
+  int (*get_device_)(int*) = nullptr;
+  int (*set_device_)(int) = nullptr;
   int (*unregister_)(void*) = nullptr;
   std::string reason_;
 };

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +18,9 @@ from tests import architectures
 from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
-from zinfer.device import attached, host, residents
+from zinfer.device import host, moved, residents
 from zinfer.device.attached import _at_slab_edges
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_offload import space
 from zinfer.pinned import Pool
@@ -77,9 +81,10 @@ def test_host_memory_returns_when_its_copy_is_done_and_not_before(folder, total,
         assert fetch.landed(10)
         fetch.issue(urgent=False)
         del fetch
-        assert device.window.in_use > 0, "the copy's source was given away under it"
+        held = device.window.in_use
         gate.let("ordinary")
         gate.let("urgent")
+        assert held > 0, "the copy's source was given away under it"
         for _ in range(1000):
             if device.window.in_use == 0:
                 break
@@ -162,7 +167,7 @@ def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, 
         coordinator, weights = model.zinfer._streaming.coordinator, model.zinfer._streaming.weights
         device, unsettle = coordinator.device, model.zinfer._streaming.unsettle
         first, second = [w for w in weights if w.name.endswith("down_proj.weight")][:2]
-        device._spare._left = first.layout.nbytes
+        device._moved._spare._left = first.layout.nbytes
         coordinator.change_residents([first], (), unsettle)
         coordinator.change_residents([second], (), unsettle)
         assert (device.in_place(first), device.in_place(second)) == (True, False)
@@ -170,7 +175,7 @@ def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, 
         coordinator.change_residents((), [second], unsettle)
         coordinator.change_residents([second], (), unsettle)
         assert (device.in_place(first), device.in_place(second)) == (False, True)
-        assert device._spare._left == 0
+        assert device._moved._spare._left == 0
 
 
 def test_threads_that_want_one_table_at_once_read_it_once(folder, total, monkeypatch, nothing_left):
@@ -226,6 +231,58 @@ def test_memory_that_cannot_be_page_locked_is_told_with_what_it_costs(folder, to
         assert model(IDS).logits.isfinite().all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be page-locked here")
+def test_memory_for_caches_that_cannot_be_page_locked_is_told_too_and_once(
+    folder, total, caplog, nothing_left
+):
+    options = {"offload": "nvme", "kv_offload": "cpu"}
+    with run_within(folder, Unlockable(MEMORY), total // 2, 4 * total, **options) as model:
+        cache = model(IDS[:1, :2], use_cache=True).past_key_values
+        pools = len(model.zinfer.caches._space._pools)
+        more = model(torch.arange(200).reshape(20, 10), use_cache=True).past_key_values
+        assert len(model.zinfer.caches._space._pools) > pools > 0, "one pool: the test proves nothing"
+        report = model.zinfer.report()
+        weights, caches = [line for line in report.fallbacks if "page-locked" in line]
+        assert weights.startswith("host memory is not page-locked")
+        assert re.fullmatch(
+            r"memory for key-value caches is not page-locked \(.+\): copies .* at [0-9.]+ GB/s here.*", caches
+        )
+        assert caches in str(report) and caches in report.as_dict()["fallbacks"]
+        assert caplog.text.count(caches) == 1
+        del cache, more
+
+
+class Locked(Pool):
+    """Says that it is page-locked."""
+
+    page_locked = True
+
+
+def test_what_copies_of_caches_cost_is_measured_where_only_their_memory_is_refused(
+    folder, total, monkeypatch, nothing_left
+):
+    for module in (moved, host, residents):
+        monkeypatch.setattr(module, "Pool", Locked)
+    options = {"offload": "nvme", "kv_offload": "cpu"}
+    with run_within(folder, Unlockable(MEMORY), 16 << 20, 4 * total, **options) as model:
+        assert not [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+        cache = model(IDS, use_cache=True).past_key_values
+        (note,) = [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
+        assert "key-value caches" in note and re.search(r"at [0-9.]+ GB/s here", note)
+        del cache
+
+
+@pytest.mark.parametrize(("left", "told"), [(4 << 20, True), (1000, False)])
+def test_the_cost_is_measured_with_what_the_device_has_left(left, told):
+    processor = Unlockable(left)
+    locks = PageLocks(processor)
+    locks.check([Pool(4096, page_lock="off")], "memory")
+    (note,) = locks.notes
+    assert ("GB/s" in note) == told
+    assert processor.memory()[0] == left, "it keeps what it tried it in"
+    processor.close()
+
+
 def test_a_resident_that_the_device_has_no_memory_for_streams_and_that_is_told(folder, total, nothing_left):
     processor = StagedProcessor(MEMORY)
     reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
@@ -274,20 +331,39 @@ def test_what_a_conversion_made_is_kept_for_every_stream_that_it_is_given_to(fol
         del fetch, tensor
 
 
-def test_a_resident_that_a_conversion_made_leaves_when_all_streams_are_done(folder, total, nothing_left):
+def leave(model: Any, weights: list[Any]) -> None:
+    model.zinfer._streaming.coordinator.change_residents(weights, [], model.zinfer._streaming.unsettle)
+
+
+def close(model: Any, weights: list[Any]) -> None:
+    model.zinfer.close()
+
+
+def drop(model: Any, weights: list[Any]) -> None:
+    """Nothing: the caller's own reference was the last."""
+
+
+@pytest.mark.parametrize("end", [leave, close, drop])
+def test_a_resident_that_a_conversion_made_dies_when_all_streams_are_done(folder, total, end, nothing_left):
     processor = OneStreamAThread()
-    with run_within(folder, processor, 4 * total, 2 * total, offload="nvme", dtype="bfloat16") as model:
-        model(IDS)
-        on_thread("second", lambda: model(IDS))
-        streaming = model.zinfer._streaming
-        weight = next(w for w in streaming.weights if w.resident is not None and w.placed is None)
-        address = weight.resident.data_ptr()
-        processor.told.clear()
-        streaming.coordinator.change_residents([weight], [], streaming.unsettle)
-        assert weight.resident is None
-        assert sorted(processor.told) == sorted(
-            (address, name) for name in (threading.current_thread().name, "second")
-        )
+    model = run_within(folder, processor, 4 * total, 2 * total, offload="nvme", dtype="bfloat16")
+    for name in ("first", "second"):
+        on_thread(name, partial(model, IDS))
+    weights = [w for w in model.zinfer._streaming.weights if w.resident is not None and w.placed is None]
+    assert weights, "nothing was converted: the test proves nothing"
+    died: dict[int, set[str]] = {}
+
+    def note(address: int) -> None:  # from here on torch may give its memory away
+        died[address] = {stream for where, stream in processor.told if where == address}
+
+    for weight in weights:
+        weakref.finalize(weight.resident.untyped_storage(), note, weight.resident.data_ptr()).atexit = False
+    count = len(weights)
+    end(model, weights)
+    del model, weights, weight
+    gc.collect()
+    assert len(died) == count, "a resident lives on: the test proves nothing"
+    assert all(streams >= {"first", "second"} for streams in died.values())
 
 
 class Chosen(StagedProcessor):
@@ -320,7 +396,7 @@ def test_the_device_is_chosen_where_its_runtime_is_asked(
     folder, total, kv_offload, monkeypatch, nothing_left
 ):
     processor = Chosen()
-    for module in (attached, host, residents, space):
+    for module in (moved, host, residents, space):
         monkeypatch.setattr(module, "Pool", processor.pool)
     options = {"offload": "nvme", "kv_offload": kv_offload}
     with run_within(folder, processor, int(total * 0.9), 4 * total, **options) as model:

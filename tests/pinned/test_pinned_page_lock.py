@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -26,11 +27,18 @@ void* bases[64];
 void* last_base = nullptr;
 size_t last_bytes = 0;
 unsigned last_flags = 0;
+thread_local int current = 0;                            // a device, the thread's choice
+int choices = 0, get_result = 0;
+int owners[64];                                          // the device that was current, of each registration
+int elsewhere = 0;                                       // unregistered while another device was current
 
+int cudaGetDevice(int* device) { *device = current; return get_result; }
+int cudaSetDevice(int device) { current = device; ++choices; return 0; }
 int cudaGetDeviceCount(int* count) { *count = devices; return count_result; }
 int cudaHostRegister(void* base, size_t bytes, unsigned flags) {
   if (register_result != 0 && calls_before_failure-- <= 0) return register_result;
   last_base = base; last_bytes = bytes; last_flags = flags;
+  owners[registered] = current;
   bases[registered++] = base;
   return 0;
 }
@@ -40,6 +48,7 @@ int cudaHostUnregister(void* base) {
     if (known != base) continue;
     *static_cast<volatile char*>(base) = 1;
     known = nullptr;
+    elsewhere += owners[&known - bases] != current;
     ++unregistered;
     return 0;
   }
@@ -61,7 +70,7 @@ class FakeRuntime:
         object.__setattr__(self, "library", ctypes.CDLL(str(path)))
         for name in (
             "devices", "count_result", "register_result", "calls_before_failure",
-            "registered", "unregistered", "cleared", "strangers",
+            "registered", "unregistered", "cleared", "strangers", "choices", "get_result", "elsewhere",
         ):  # fmt: skip
             setattr(self, name, 1 if name == "devices" else 0)
         ctypes.memset((ctypes.c_void_p * 64).in_dll(self.library, "bases"), 0, 64 * 8)
@@ -95,6 +104,8 @@ def runtime(library, monkeypatch):
     monkeypatch.setenv("ZINFER_CUDART", str(library))
     runtime = FakeRuntime(library)
     yield runtime
+    runtime.library.cudaSetDevice(0)
+    assert runtime.elsewhere == 0
     assert runtime.strangers == 0
 
 
@@ -129,6 +140,42 @@ def test_a_pool_that_is_dropped_unregisters_too(runtime):
     assert runtime.unregistered == 0
     del region
     assert runtime.unregistered == 1
+
+
+def current_device(runtime):
+    device = ctypes.c_int(-1)
+    runtime.library.cudaGetDevice(ctypes.byref(device))
+    return device.value
+
+
+@pytest.mark.parametrize("way", ["close", "the last region, on another thread", "the last region"])
+def test_slabs_are_unregistered_with_the_device_that_was_current_and_no_thread_loses_its_own(runtime, way):
+    runtime.devices = 4
+    runtime.library.cudaSetDevice(2)
+    pool = Pool(3 * SLAB, slab_bytes=SLAB)
+    held = [] if way == "close" else [pool.acquire(PAGE)]
+    runtime.library.cudaSetDevice(1)
+    pool.close()
+    if way.endswith("thread"):
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+    held.clear()
+    assert (runtime.unregistered, runtime.elsewhere) == (3, 0)
+    assert current_device(runtime) == 1
+
+
+def test_where_the_device_is_the_current_one_nobody_chooses_it(runtime):
+    runtime.library.cudaSetDevice(1)
+    runtime.choices = 0
+    Pool(8 * PAGE).close()
+    assert (runtime.unregistered, runtime.choices) == (1, 0)
+
+
+def test_a_runtime_that_cannot_tell_the_device_is_the_reason(runtime):
+    runtime.get_result = 3
+    assert Pool(8 * PAGE).page_lock_reason == "cudaGetDevice: some error (cudaError 3)"
+    assert runtime.registered == 0
 
 
 def test_off_never_calls_the_runtime(runtime):

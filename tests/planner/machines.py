@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from zinfer import device_probe, hardware_probe
 from zinfer.planner.hardware import Hardware, hardware_from
 
 GB = 10**9
@@ -33,3 +36,16 @@ def cpu(**changes: Any) -> Hardware:
 
 def gpu(**changes: Any) -> Hardware:
     return hardware_from(GPU | changes, "test")
+
+
+def measure_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What zinfer measures of this machine, and of a device, takes next to no time, and means nothing."""
+    for module in (hardware_probe, device_probe):
+        monkeypatch.setattr(module, "SECONDS", 0.002)
+        monkeypatch.setattr(module, "ROWS", (1, 8))
+        monkeypatch.setattr(module, "WIDTH", 512)
+        monkeypatch.setattr(module, "WORKING_SET", 4 << 20)
+        monkeypatch.setattr(module, "ATTENTION", (2, 2, 64, 32))
+    monkeypatch.setattr(hardware_probe, "BEYOND", 0)
+    monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
+    monkeypatch.setattr(device_probe, "EXTENT_BYTES", 1 << 20)

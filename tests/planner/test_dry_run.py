@@ -23,7 +23,7 @@ BATCH, PROMPT, NEW = 2, 12, 4
 def noted_apart(model, held) -> Work:
     """The work where no operator is taken for another that was like it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zinfer.dry_run._shapes", lambda *_: None)
+        patch.setattr("zinfer.pass_recorder._shapes", lambda *_: None)
         return dry_run(model, held, BATCH, PROMPT, NEW)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.planner.machines import cpu
-from zinfer import device_probe, hardware_probe
+from zinfer import cpu_probe, device_probe, hardware_probe
 from zinfer.aio.block_device import block_device_of
 from zinfer.aio.probe import DriveRate
 from zinfer.aio.profile import Profile, save_profile
@@ -45,11 +45,11 @@ def measurements(monkeypatch) -> list[list[str]]:
 
 
 def test_the_machine_is_measured_as_it_is(shard, monkeypatch):
-    monkeypatch.setattr(hardware_probe, "SECONDS", 0.005)
-    monkeypatch.setattr(hardware_probe, "WORKING_SET", 16 << 20)
-    monkeypatch.setattr(hardware_probe, "BEYOND", 0)
-    monkeypatch.setattr(hardware_probe, "ROWS", (1, 8))
-    monkeypatch.setattr(hardware_probe, "WIDTH", 512)
+    monkeypatch.setattr(cpu_probe, "SECONDS", 0.005)
+    monkeypatch.setattr(cpu_probe, "WORKING_SET", 16 << 20)
+    monkeypatch.setattr(cpu_probe, "BEYOND", 0)
+    monkeypatch.setattr(cpu_probe, "ROWS", (1, 8))
+    monkeypatch.setattr(cpu_probe, "WIDTH", 512)
     monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
     found = this_machine([shard])
     assert [rows for rows, _ in found.matmul["bfloat16"]] == [1, 8]
@@ -149,8 +149,8 @@ def test_without_a_checkpoint_a_nameless_file_is_read(tmp_path, monkeypatch):
 
 
 def test_a_machine_that_computes_something_else_meanwhile_is_told_of(shard, monkeypatch, caplog):
-    monkeypatch.setattr(hardware_probe, "_curve", lambda _: (((1, 1e10),), True))
-    monkeypatch.setattr(hardware_probe, "SECONDS", 0.001)
+    monkeypatch.setattr(cpu_probe, "linear_curve", lambda _: (((1, 1e10),), True))
+    monkeypatch.setattr(cpu_probe, "SECONDS", 0.001)
     monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
     with caplog.at_level(logging.WARNING, "zinfer"):
         this_machine([shard])
@@ -194,22 +194,22 @@ def test_the_working_set_is_far_beyond_all_caches(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "size").write_text(f"{size}\n")
         (folder / "shared_cpu_list").write_text(f"{shared}\n")
-    monkeypatch.setattr(hardware_probe, "CACHES", tmp_path)
-    monkeypatch.setattr(hardware_probe.os, "cpu_count", lambda: 32)
-    monkeypatch.setattr(hardware_probe, "free_memory", lambda: 1 << 40)
-    assert hardware_probe._cache_bytes() == 8 * (32 << 20)
-    assert hardware_probe._working_set() == 4 * 8 * (32 << 20)
+    monkeypatch.setattr(cpu_probe, "CACHES", tmp_path)
+    monkeypatch.setattr(cpu_probe.os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(cpu_probe, "free_memory", lambda: 1 << 40)
+    assert cpu_probe._cache_bytes() == 8 * (32 << 20)
+    assert cpu_probe._working_set() == 4 * 8 * (32 << 20)
     (tmp_path / "index3" / "size").write_text("plenty")
     (tmp_path / "index2" / "size").unlink()
     (tmp_path / "index0" / "shared_cpu_list").write_text("?")
-    assert hardware_probe._cache_bytes() == 0
-    assert hardware_probe._working_set() == hardware_probe.WORKING_SET
+    assert cpu_probe._cache_bytes() == 0
+    assert cpu_probe._working_set() == cpu_probe.WORKING_SET
 
 
 def test_results_of_a_copy_are_written_beyond_the_caches_too(monkeypatch):
-    monkeypatch.setattr(hardware_probe, "_working_set", lambda: 64 << 20)
-    monkeypatch.setattr(hardware_probe, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(hardware_probe, "SECONDS", 0.02)
+    monkeypatch.setattr(cpu_probe, "_working_set", lambda: 64 << 20)
+    monkeypatch.setattr(cpu_probe, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu_probe, "SECONDS", 0.02)
     read, written, real = [], [], torch.cat
 
     def cat(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -219,7 +219,7 @@ def test_results_of_a_copy_are_written_beyond_the_caches_too(monkeypatch):
         return result
 
     monkeypatch.setattr(torch, "cat", cat)
-    assert hardware_probe._copy_rate() > 1e6
+    assert cpu_probe.copy_rate() > 1e6
     assert len(set(read)) == 32
     assert len(set(written[:32])) == 32
 

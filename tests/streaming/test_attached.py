@@ -13,13 +13,11 @@ import transformers
 
 import zinfer
 from tests import architectures
+from tests.streaming.devices import Rounding, mixes, run_within
 from tests.streaming.test_exactness import IDS, assert_same
-from zinfer.device.cuda import STEP, allocated_by_torch
 from zinfer.device.staged import StagedProcessor
 
 MEMORY = 1 << 34  # of the pretended device
-CACHES = 64_000  # bytes: what the longest of these tests caches, and its activations
-BUFFERS = 64 << 10  # bytes, the engine's
 LATE = 0.002  # seconds
 TYPICAL = ("llama", "qwen3_moe", "t5")
 
@@ -40,36 +38,10 @@ def staged(seed: int = 0) -> StagedProcessor:
     return StagedProcessor(MEMORY, delay=late(seed), check=True)
 
 
-def run_within(folder: str, processor: StagedProcessor, device: int, host: int, **options):
-    """Stream within `device` and `host` bytes, or within the fewest that work."""
-    device += CACHES
-    for _ in range(4):
-        try:
-            return zinfer.run(folder, device=processor, max_memory={0: device, "cpu": host}, **options)
-        except zinfer.BudgetError as error:
-            assert error.smallest is not None
-            if "max_memory['cpu'] to that" in str(error):
-                host = error.smallest
-            else:
-                device = error.smallest + CACHES
-    raise AssertionError("no budget works")
-
-
 def finish(model, processor: StagedProcessor) -> None:
     model.zinfer.close()
     gc.collect()
     assert processor.races == []
-
-
-def mixes(total: int) -> dict[str, tuple[int, int]]:
-    """Budgets of device and host that make weights live on each tier, and on several."""
-    return {
-        "device": (4 * total, 2 * total),
-        "device and host": (total // 2, 2 * total + BUFFERS),
-        "device and nvme": (total // 2, 1),
-        "all tiers": (total // 3, int(total * 0.8) + BUFFERS),
-        "hardly anything": (1, 1),
-    }
 
 
 @pytest.mark.parametrize("mix", mixes(0))
@@ -91,6 +63,21 @@ def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, n
         assert (report.resident_bytes > 0) == (mix in ("device and host", "all tiers"))
         if mix != "device and host":  # there, what leaves the device for caches comes from the drive
             assert (model.zinfer.sweep_bytes > 0) == (mix != "device")
+    finish(model, processor)
+
+
+@pytest.mark.parametrize("mix", mixes(0))
+@pytest.mark.parametrize("name", TYPICAL)
+def test_each_mix_is_bit_equal_where_the_devices_allocator_rounds(name, mix, saved, nothing_left):
+    """The budgets of tests/gpu, as a GPU divides them."""
+    folder = saved(name, torch.bfloat16)
+    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    processor = Rounding(MEMORY, check=True)
+    processor.limit = lambda nbytes: None  # as there
+    device, host = mixes(architectures.parameter_bytes(reference))[mix]
+    model = run_within(folder, processor, device, host, offload="nvme")
+    assert_same(reference, model, name)
+    assert mix != "hardly anything" or model.zinfer.bytes_read > model.zinfer.report().model_bytes
     finish(model, processor)
 
 
@@ -149,24 +136,6 @@ def test_the_budget_of_the_device_holds(saved, nothing_left):
         figures = model.zinfer.report().device
         assert processor.peak + figures.small_bytes + figures.cache_bytes <= budget
         finish(model, processor)
-
-
-class Rounding(StagedProcessor):
-    """As torch's allocator on a GPU: a block takes more than what is in it, but no segment is half full."""
-
-    overhead = STEP  # for the window
-
-    def allocated(self, nbytes: int) -> int:
-        """See Processor."""
-        return allocated_by_torch(nbytes)
-
-    def block(self, nbytes: int):
-        """See Processor."""
-        return super().block(self.allocated(nbytes))
-
-    def limit(self, nbytes: int | None) -> None:
-        """See Processor."""
-        super().limit(None if nbytes is None else nbytes + self.overhead)
 
 
 def test_the_budget_of_the_device_holds_where_its_allocator_rounds(tmp_path, nothing_left, caplog):

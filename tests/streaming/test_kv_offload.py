@@ -13,29 +13,14 @@ import transformers
 
 import zinfer
 from tests import architectures
-from tests.streaming.test_attached import MEMORY, finish, run_within, staged
+from tests.streaming.devices import CACHED, IDS, ROWS, WAYS, assert_generates_the_same, run_within, saved_of
+from tests.streaming.test_attached import MEMORY, finish, staged
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_cache import cache_bytes
 from zinfer.kv_offload.layers import layers_on_host
 
 PLENTY = 1 << 30
 CACHES = 200_000  # bytes: what the longest of these tests caches, and its activations
-IDS = torch.tensor([[5, 17, 33, 101, 200, 9, 77]])
-ROWS = torch.randint(1, 255, (3, 7), generator=torch.Generator().manual_seed(3))
-WINDOW = 6  # positions: shorter than the prompt, so that windows slide at once
-
-
-def sliding(**more):
-    return transformers.MistralForCausalLM, transformers.MistralConfig(
-        **architectures._HEADS, sliding_window=WINDOW, **more
-    )
-
-
-def slid_gemma(layers: int = 4):
-    config = transformers.Gemma2Config(
-        **(architectures._HEADS | {"num_hidden_layers": layers}), sliding_window=WINDOW
-    )
-    return transformers.Gemma2ForCausalLM, config
 
 
 def deep(layers: int):
@@ -44,25 +29,14 @@ def deep(layers: int):
     )
 
 
-SOME = {
-    name: architectures.ALL[name] for name in ("llama", "gemma2", "gemma3", "gpt2", "mistral", "qwen3_moe")
-}
-SOME |= {
-    name: architectures.ALL[name] for name in ("deepseek_v3", "gpt_oss", "bloom", "falcon", "qwen3_next")
-}
-SOME |= {"mistral_that_slides": sliding(), "gemma2_that_slides": slid_gemma()}
-
-
 @pytest.fixture
 def pair(tmp_path, nothing_left):
     """Save a model; returns it in memory, and its twin whose caches go to the host, with the staged device."""
     made = []
 
     def make(source, *, seed: int = 0, device: float = 0.4, host: int = PLENTY, **options):
-        cls, config = SOME[source] if isinstance(source, str) else source
-        torch.manual_seed(seed)
         folder = str(tmp_path / f"model-{len(made)}")
-        cls(copy.deepcopy(config)).save_pretrained(folder)
+        cls = saved_of(source, folder, seed)
         reference = cls.from_pretrained(
             folder
         ).eval()  # mapped: what it computes depends on addresses, see design.md
@@ -78,40 +52,11 @@ def pair(tmp_path, nothing_left):
         finish(model, processor)
 
 
-def assert_generates_the_same(reference, model, ids, **settings):
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
-    answers = []
-    for one in (reference, model):
-        torch.manual_seed(11)
-        answers.append(
-            one.generate(ids, return_dict_in_generate=True, output_logits=True, **copy.deepcopy(settings))
-        )
-    expected, found = answers
-    assert torch.equal(expected.sequences, found.sequences)
-    for step, (there, here) in enumerate(zip(expected.logits, found.logits, strict=True)):
-        assert torch.equal(there, here), f"logits of step {step}"
-    assert layers_on_host(found.past_key_values), "the cache was on the device: the test proves nothing"
-    assert not layers_on_host(expected.past_key_values)
-    return found
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", CACHED)
 def test_every_kind_of_attention_is_bit_equal(name, pair):
     reference, model, _ = pair(name, seed=len(name))
     assert_generates_the_same(reference, model, IDS)
     assert_generates_the_same(reference, model, ROWS)
-
-
-WAYS = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 20},
-    "several answers": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 4},
-    "beams that sample": {"num_beams": 3, "do_sample": True},
-    "answers of beams": {"num_beams": 4, "num_return_sequences": 2},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3, "max_new_tokens": 30},
-    "prefill in chunks": {"prefill_chunk_size": 3},
-}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2_that_slides", "mistral_that_slides"])

@@ -281,6 +281,23 @@ def test_residents_that_the_device_refused_are_not_asked_for_at_every_pass(llama
     finish(model, processor)
 
 
+def test_weights_that_were_refused_and_came_back_are_not_reported_as_streaming(llama, monkeypatch, caplog):
+    monkeypatch.setattr(residency, "CALM_PASSES", 1)
+    folder, reference, total = llama
+    processor = staged()
+    model = run_within(folder, processor, total // 2, 2 * total, offload="nvme")
+    processor.claim(processor.memory()[0] - 1000)
+    assert tokens(model, count=2) == tokens(reference, count=2)
+    gc.collect()
+    processor.claim(0)
+    for _ in range(6):
+        assert tokens(model, count=2) == tokens(reference, count=2)
+        gc.collect()
+    (note,) = [line for line in model.zinfer.report().fallbacks if "was short of memory" in line]
+    assert re.search(r"for a time: \d+ weights had to stream, and can stay there again", note)
+    finish(model, processor)
+
+
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_threads_that_compute_meanwhile_get_the_same_tokens(where, llama, script):
     folder, reference, total = llama
@@ -404,6 +421,48 @@ def test_where_not_even_a_window_can_be_had_the_model_works_once_there_is_memory
     for _ in range(2):
         assert tokens(model) == tokens(reference)
         gc.collect()
+
+
+def test_after_no_window_could_be_had_the_report_states_none(all_there, llama, caplog):
+    model, reference, processor = all_there
+    processor.claim(processor.memory()[0] - llama[2] // 2)
+    assert tokens(model) == tokens(reference)
+    gc.collect()
+    assert model.zinfer.report().device.window_bytes > 0
+    relief, streaming = model.zinfer._relief, model.zinfer._streaming
+    least = smallest_placement(streaming.footprints)
+    processor.claim(MEMORY)
+    with pytest.raises(zinfer.OutOfMemoryError):
+        model.zinfer._residency._divide_smaller(least, least)
+    figures = model.zinfer.report().device
+    assert (figures.window_bytes, figures.planned_resident_bytes, figures.conversion_bytes) == (0, 0, 0)
+    assert streaming.coordinator.device.window_bytes == 0
+    (note,) = [line for line in model.zinfer.report().fallbacks if "memory ran out" in line]
+    assert "the window is 0.00 MiB now, residents 0.00 MiB" in note
+    processor.claim(MEMORY - llama[2])
+    caplog.clear()
+    relief.relieve("a weight", ON_A_GPU.format(1000))
+    assert "of the window were given back" not in caplog.text, "there was none to give"
+    assert model.zinfer.report().device.window_bytes == streaming.coordinator.device.window_bytes > 0
+    assert tokens(model) == tokens(reference)
+
+
+def test_on_the_cpu_the_report_states_no_window_either(on_cpu, monkeypatch):
+    model, reference = on_cpu
+    gc.collect()
+    device = model.zinfer._streaming.coordinator.device
+
+    def refuse(*args, **kwargs):
+        raise zinfer.BudgetError("no memory")
+
+    monkeypatch.setattr(device, "_take_memory", refuse)
+    with pytest.raises(zinfer.BudgetError, match="no memory"):
+        model.zinfer._residency._divide_smaller(1 << 20, 1 << 20)
+    report = model.zinfer.report()
+    assert (report.window_bytes, report.planned_resident_bytes) == (0, 0)
+    monkeypatch.undo()
+    assert tokens(model) == tokens(reference)
+    assert model.zinfer.report().window_bytes > 0
 
 
 def test_where_a_layer_of_a_cache_finds_no_room_the_pass_ends_and_the_next_has_some(llama):

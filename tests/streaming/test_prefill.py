@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 
 import pytest
 import torch
@@ -12,47 +11,44 @@ import transformers
 import zinfer
 from tests import architectures
 from tests.planner.machines import cpu, gpu
+from tests.streaming.devices import (
+    CHUNKING,
+    MIB,
+    NEW,
+    PROMPT,
+    PROMPTS,
+    SETTINGS,
+    assert_chunks_are_equal,
+    chunk_said,
+    llama_in,
+    long_prompts,
+    run_within,
+)
 from tests.streaming.test_attached import finish, staged
 from zinfer import BudgetError, budgets
-from zinfer.dry_run import Recorder
 from zinfer.kv_cache import Pass, activation_bytes, prefills_in_chunks
+from zinfer.pass_recorder import Recorder
 from zinfer.planner.chunks import SMALLEST_CHUNK, chunks_of
 from zinfer.prefill import Prefill
-
-PROMPT, ROWS, NEW = 384, 4, 4
-SETTINGS = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """14 MB of a llama, and the same in memory."""
-    config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=512,
-    )
+    """The folder of a llama, and the same in memory."""
     folder = str(tmp_path_factory.mktemp("prefill") / "llama")
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder, transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    return folder, llama_in(folder).from_pretrained(folder).eval()
 
 
 @pytest.fixture
 def ids():
-    torch.manual_seed(1)
-    return torch.randint(1, 500, (ROWS, PROMPT))
+    return long_prompts()
 
 
 @pytest.fixture
 def on_staged(llama, nothing_left):
-    """On a device that holds caches of the whole generation, but not the activations of the whole prompt."""
     folder, reference = llama
     processor = staged()
-    model = zinfer.run(folder, device=processor, offload="nvme", max_memory={0: 24 * MIB, "cpu": 32 * MIB})
+    model = run_within(folder, processor, **CHUNKING, offload="nvme")
     yield model, reference
     finish(model, processor)
 
@@ -66,41 +62,25 @@ def lengths(model) -> list[int]:
     return found
 
 
-def chunk_said(model) -> int | None:
-    """The size of the chunks of the last prompt that was cut, as the report says."""
-    notes = [re.search(r"chunks of (\d+)", text) for text in model.zinfer.report().fallbacks]
-    return next((int(note[1]) for note in notes if note), None)
-
-
-def assert_equal(model, reference, ids, **settings):
-    """The same logits, bit for bit, as in memory with chunks of the same size."""
-    settings = SETTINGS | {"output_logits": True, "return_dict_in_generate": True} | settings
-    ours = model.generate(ids, **settings)
-    chunk = settings.pop("prefill_chunk_size", chunk_said(model))
-    theirs = reference.generate(ids, prefill_chunk_size=chunk, **settings)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
-
-
 def test_a_long_prompt_comes_in_as_few_chunks_as_fit_and_logits_are_equal(on_staged, ids, caplog):
     model, reference = on_staged
     passes = lengths(model)
-    assert_equal(model, reference, ids)
+    assert_chunks_are_equal(model, reference, ids)
     chunk = chunk_said(model)
     assert chunk is not None and SMALLEST_CHUNK < chunk < PROMPT
     count = chunks_of(PROMPT, chunk)
     assert passes == [chunk] * (count - 1) + [PROMPT - (count - 1) * chunk] + [1] * (NEW - 1)
     room = 24 * MIB - model.zinfer._streaming.account.small
-    cache = 2 * 4 * 4 * 32 * 4 * ROWS * (PROMPT + NEW - 1)
-    last = Pass(ROWS, PROMPT - (count - 1) * chunk, 1)
+    cache = 2 * 4 * 4 * 32 * 4 * PROMPTS * (PROMPT + NEW - 1)
+    last = Pass(PROMPTS, PROMPT - (count - 1) * chunk, 1)
     assert activation_bytes(reference.config, 4, last, (count - 1) * chunk) + cache <= room
-    one_less = Pass(ROWS, -(-PROMPT // (count - 1)), 1)
+    one_less = Pass(PROMPTS, -(-PROMPT // (count - 1)), 1)
     assert activation_bytes(reference.config, 4, one_less, PROMPT - one_less.tokens) + cache > room - 2 * MIB
     model.generate(ids, **SETTINGS)
     said = [
         r.getMessage() for r in caplog.records if "was prefilled in" in r.getMessage() and r.levelno >= 30
     ]
-    assert len(said) == 1 and f"{ROWS} x {PROMPT} tokens" in said[0]
+    assert len(said) == 1 and f"{PROMPTS} x {PROMPT} tokens" in said[0]
 
 
 def test_tokens_are_those_of_a_prompt_that_is_not_cut(on_staged, ids):
@@ -113,7 +93,7 @@ def test_sequences_of_different_lengths_are_equal_too(on_staged, ids):
     model, reference = on_staged
     mask = torch.ones_like(ids)
     mask[1, :100] = mask[2, :7] = 0
-    assert_equal(model, reference, ids, attention_mask=mask)
+    assert_chunks_are_equal(model, reference, ids, attention_mask=mask)
     assert chunk_said(model) is not None
 
 
@@ -129,14 +109,14 @@ def test_beams_count_as_sequences(on_staged, ids):
 
 def test_a_prompt_that_fits_is_not_cut(on_staged, ids):
     model, reference = on_staged
-    assert_equal(model, reference, ids[:1, :100])
+    assert_chunks_are_equal(model, reference, ids[:1, :100])
     assert chunk_said(model) is None
 
 
 def test_the_chunk_that_the_user_asks_for_is_taken(on_staged, ids):
     model, reference = on_staged
     passes = lengths(model)
-    assert_equal(model, reference, ids, prefill_chunk_size=200)
+    assert_chunks_are_equal(model, reference, ids, prefill_chunk_size=200)
     assert passes[:2] == [200, PROMPT - 200]
     assert chunk_said(model) is None
 
@@ -145,7 +125,7 @@ def test_what_a_user_wants_of_each_position_is_left_whole(on_staged, ids):
     model, reference = on_staged
     settings = SETTINGS | {"return_dict_in_generate": True, "output_hidden_states": True}
     ours, theirs = (m.generate(ids, **settings).hidden_states[0][-1] for m in (model, reference))
-    assert ours.shape == theirs.shape == (ROWS, PROMPT, 256)
+    assert ours.shape == theirs.shape == (PROMPTS, PROMPT, 256)
     assert chunk_said(model) is None
 
 
@@ -183,12 +163,12 @@ def test_on_the_cpu_what_the_machine_has_free_is_what_counts(llama, ids, monkeyp
     free = 26 * MIB
     monkeypatch.setattr(budgets, "free_memory", lambda: free)
     with zinfer.run(folder, offload="nvme", max_memory={"cpu": 16 * MIB}) as model:
-        assert_equal(model, reference, ids)
+        assert_chunks_are_equal(model, reference, ids)
         chunk = chunk_said(model)
         assert chunk is not None and SMALLEST_CHUNK < chunk < PROMPT
     free = 1 << 30
     with zinfer.run(folder, offload="nvme", max_memory={"cpu": 16 * MIB}) as model:
-        assert_equal(model, reference, ids)
+        assert_chunks_are_equal(model, reference, ids)
         assert chunk_said(model) is None
 
 
@@ -199,7 +179,7 @@ def test_the_caches_in_host_memory_leave_room_for_larger_chunks(llama, ids):
         processor = staged()
         budget = {0: 18 * MIB, "cpu": 96 * MIB}
         model = zinfer.run(folder, device=processor, offload="nvme", max_memory=budget, kv_offload=kv_offload)
-        assert_equal(model, reference, ids)
+        assert_chunks_are_equal(model, reference, ids)
         chunks.append(chunk_said(model) or PROMPT)
         finish(model, processor)
     assert chunks[0] < chunks[1]
@@ -244,8 +224,8 @@ def test_a_pass_takes_no_more_than_is_foreseen(chunk, llama, ids):
             end = start + chunk
             inputs = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "logits_to_keep": 1}
             reference(**inputs, past_key_values=cache, use_cache=True)
-    cached = 2 * 4 * 4 * 32 * 4 * ROWS * PROMPT
-    foreseen = activation_bytes(reference.config, 4, Pass(ROWS, chunk, 1), PROMPT - chunk)
+    cached = 2 * 4 * 4 * 32 * 4 * PROMPTS * PROMPT
+    foreseen = activation_bytes(reference.config, 4, Pass(PROMPTS, chunk, 1), PROMPT - chunk)
     assert cached < recorder.peak <= cached + foreseen
 
 
@@ -260,7 +240,7 @@ def plans_and_runs(folder, reference, hardware, budget, prompt, **options):
     torch.manual_seed(3)
     ids = torch.randint(1, 500, (most, prompt))
     model = zinfer.run(folder, offload="nvme", max_memory=budget, **options)
-    assert_equal(model, reference, ids)
+    assert_chunks_are_equal(model, reference, ids)
     assert (chunk_said(model) or prompt) == plan.prefill_chunk < prompt
     sweeps = model.zinfer.sweeps
     assert sweeps == chunks_of(prompt, plan.prefill_chunk) + NEW - 1

@@ -186,6 +186,15 @@ def test_requires_grad_is_the_weights_and_may_be_set(requires_grad):
 # -- operators ------------------------------------------------------------------------------------------
 
 X = torch.randn(3, 4)
+
+
+def assigned(shape: tuple[int, ...], index: Any, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of zeros to whose items `value` was assigned."""
+    out = torch.zeros(shape)
+    out[index] = value
+    return out
+
+
 OPERATORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "F.linear": lambda w: F.linear(X, w),
     "F.linear by name": lambda w: F.linear(input=X, weight=w),
@@ -210,6 +219,10 @@ OPERATORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "chunk": lambda w: w.chunk(2)[1],
     "index of a plain tensor": lambda w: X[(w.sum() > 1e9).long()],
     "copied into a tensor": lambda w: torch.empty(6, 4).copy_(w),
+    "assigned to all of a tensor": lambda w: assigned((6, 4), ..., w),
+    "assigned to an item": lambda w: assigned((3, 6, 4), 1, w),
+    "assigned where it is positive": lambda w: assigned((6, 4), w > 0, w[w > 0]),
+    "the index of an assignment": lambda w: assigned((6, 4), (torch.arange(6), w.argmax(1)), w[:, 1]),
     "out= of a plain tensor": lambda w: torch.mul(w, 2, out=torch.empty(6, 4)),
     "zeros_like": lambda w: torch.zeros_like(w),
 }
@@ -224,6 +237,19 @@ def test_an_operator_runs_with_the_real_tensor(streamed, operator, grad):
     assert "whole" in streamed.asked
     assert type(found) is torch.Tensor
     assert not found.requires_grad
+
+
+def test_a_weight_assigned_to_items_takes_no_gradient_and_the_tensor_keeps_torchs_rules(streamed):
+    leaf = torch.zeros(6, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        leaf[...] = streamed.parameter
+    computed = leaf * 2
+    computed[1:3] = streamed.parameter[1:3]
+    computed[4] = streamed.parameter[4]
+    computed[...] = streamed.parameter
+    assert torch.equal(computed, streamed.real)
+    with pytest.raises(ReadOnlyError, match="gradients cannot flow"):
+        computed.sum().backward()
 
 
 def test_a_low_level_operator_runs_with_the_real_tensor(streamed):

@@ -194,7 +194,6 @@ class Coordinator:
     def _unsettle(self, weight: Weight, on_leave: Callable[[Weight], None]) -> None:
         weight.wants_residence = False
         if weight.resident is not None:
-            self.device.given_up(weight, weight.resident)
             weight.resident = None
             on_leave(weight)
             if not weight.rows_only:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -16,10 +15,13 @@ import torch
 from zinfer.device.arena import Arena, Lease
 from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of, why_pageable
+from zinfer.device.host import Host, flagged, view_of
 from zinfer.device.lifted import LiftedFetch
+from zinfer.device.moved import Moved
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.device.refusals import Refusals
+from zinfer.device.streams import Streams
 from zinfer.errors import BudgetError, OutOfMemoryError
 from zinfer.pinned import Pool
 from zinfer.timeline.recorder import Recorder
@@ -30,7 +32,7 @@ from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
-TRIAL_BYTES, TRIALS = 32 << 20, 3  # of a copy from memory that is not page-locked
+MEMORY = "host memory"  # what the report calls it
 
 
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
@@ -67,20 +69,19 @@ class AttachedDevice(Host):
         self.name = processor.name
         self._kept: dict[Weight, Any] = {}  # memory on the host of weights that have come to stay there
         self._layouts: dict[Weight, Layout] = {}
-        self._spare = Spare(spare)
-        self._moved: dict[Weight, Pool] = {}  # those that had to leave the device once, and a place for each
         self._bringing = threading.RLock()
-        self._unlocked: set[str] = set()  # reasons why memory is not page-locked, as told
+        self.page_locks = PageLocks(processor)
         self._refusals = Refusals(processor.name)
-        self._streams: list[Any] = []  # that operators run on, as far as is known
+        self._streams = Streams(processor)
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
+        self._moved = Moved(processor, spare, self._kept, lock)
         with processor.current():  # memory is page-locked through it
             super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
             self._arena = Arena(processor, device_window) if device_window else None
-            self._warn_of_pageable_memory(self.pools)
+            self.page_locks.check(self.pools, MEMORY, self._arena)
             self._copies = Copies(partial(_tell, weakref.ref(self)), processor.current)
             # Threads hold what they work with: where nobody closes, they have to end with the device.
             weakref.finalize(self, _end, self._copies, processor).atexit = False
@@ -88,36 +89,15 @@ class AttachedDevice(Host):
             self.close()
             raise
 
-    def _warn_of_pageable_memory(self, pools: Sequence[Pool]) -> None:
-        """Tell, once for each reason, that memory is not page-locked, and what that costs."""
-        if not self.processor.page_locks:
-            return
-        reasons = {why_pageable(pool) for pool in pools if not pool.page_locked} - self._unlocked
-        for reason in sorted(reasons):
-            self._unlocked.add(reason)
-            rate = self._pageable_rate()
-            cost = f", at {rate / 1e9:.1f} GB/s here" if rate is not None else ""
-            note = f"host memory is not page-locked ({reason}): copies are slower{cost}, and block a thread"
-            logger.warning("%s: %s", self.processor.name, note)
-            self.fallbacks.append(note)
-
-    def _pageable_rate(self) -> float | None:
-        """Bytes a second of copies from ordinary memory; None where the device's window has no room to try it in."""
-        nbytes = min(TRIAL_BYTES, self.device_window)
-        lease = self._arena.acquire(nbytes) if self._arena is not None else None
-        if lease is None:
-            return None
-        source, rates = torch.ones(nbytes, dtype=torch.uint8), []
-        for _ in range(TRIALS):
-            started = time.perf_counter()
-            self.processor.copy([(lease.bytes, source)], lease.after, urgent=True).wait()
-            rates.append(nbytes / (time.perf_counter() - started))
-        return max(rates)
+    @property
+    def fallbacks(self) -> list[str]:
+        """As Host.fallbacks."""
+        return [*super().fallbacks, *self.page_locks.notes, *self._refusals.notes]
 
     @property
     def pools(self) -> list[Pool]:
         """As Host.pools."""
-        return [*super().pools, *(pool for pool in list(self._moved.values()) if pool.base_address)]
+        return [*super().pools, *self._moved.pools]
 
     @property
     def ahead_bytes(self) -> int:
@@ -126,8 +106,8 @@ class AttachedDevice(Host):
         return host + (self._arena.capacity if self._arena is not None else 0)
 
     @property
-    def device_window(self) -> int:
-        """Bytes of the window on the device."""
+    def window_bytes(self) -> int:
+        """See Device."""
         return self._arena.capacity if self._arena is not None else 0
 
     @property
@@ -148,47 +128,18 @@ class AttachedDevice(Host):
         if self._arena is not None:
             self._arena.close()
         self._kept.clear()
-        for pool in self._moved.values():
-            pool.close()
-        self._moved.clear()
+        self._moved.close()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
         """Find `weight` a place in host memory. That on the device is its own, and goes with the last tensor on it."""
-        nbytes = weight.layout.nbytes
-        if self.in_place(weight) or not self._has_spare(nbytes):
-            return
-        try:
-            with self.processor.current():
-                pool = self._moved[weight] = Pool(nbytes, page_lock=self._page_lock)
-        except BudgetError as error:
-            self._spare.give(nbytes)
-            logger.warning("%r will stream from the drive: %s", weight.name, error)
-            return
-        weakref.finalize(pool, self._spare.give, nbytes).atexit = False
-        self._warn_of_pageable_memory([pool])
-
-    def _has_spare(self, nbytes: int) -> bool:
-        """Take `nbytes` of what is spare, from weights that are back on the device if need be; whether there were."""
-        for weight in [None, *(weight for weight in self._moved if weight.wants_residence)]:
-            if weight is not None:
-                self._kept.pop(weight, None)
-                del self._moved[weight]
-            if self._spare.take(nbytes):
-                return True
-        return False
-
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """See Device. What a conversion made, operators may read on any stream; of leases, their arenas take care."""
-        if weight.placed is None:
-            for stream in list(self._streams):
-                self.processor.used(tensor, stream)
+        pool = None if self.in_place(weight) else self._moved.give_place(weight)
+        if pool is not None:
+            self.page_locks.check([pool], MEMORY, self._arena)
 
     def enter(self) -> None:
         """The calling thread runs operators from now on."""
-        stream = self.processor.stream()
-        if stream not in self._streams:
-            self._streams.append(stream)
+        self._streams.enter()
 
     def renew_memory(self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int) -> None:
         """Give the device's window back and take another one. Nobody may use it; the host's memory stays as it is."""
@@ -209,7 +160,9 @@ class AttachedDevice(Host):
 
     def in_place(self, weight: Weight) -> bool:
         """Whether a fetch of `weight` would take no room in the host's window."""
-        return weight in self._moved or (self.residents is not None and self.residents.has(weight))
+        return self._moved.pool(weight) is not None or (
+            self.residents is not None and self.residents.has(weight)
+        )
 
     def start(self, weight: Weight, *, urgent: bool, timeout: float = 0.0) -> LiftedFetch | None:
         """Begin to bring `weight` to the device, or None when the host's window has no room within `timeout`.
@@ -241,10 +194,10 @@ class AttachedDevice(Host):
 
     def _place(self, weight: Weight, timeout: float) -> tuple[Any, int] | None:
         """Memory on the host to read `weight` to, and its address; None when there is none within `timeout` seconds."""
-        if weight not in self._moved and self.in_place(weight):
+        moved = self._moved.pool(weight)
+        if moved is None and self.in_place(weight):
             assert self.residents is not None
             return self.residents.take(weight)
-        moved = self._moved.get(weight)
         memory = (
             self.window_room(weight, timeout)
             if moved is None
@@ -254,8 +207,9 @@ class AttachedDevice(Host):
 
     def _pool_of(self, weight: Weight) -> Pool | None:
         """The mapping that `weight` is read into."""
-        if weight in self._moved:
-            return self._moved[weight]
+        moved = self._moved.pool(weight)
+        if moved is not None:
+            return moved
         return self.residents.pool if self.residents is not None and self.in_place(weight) else self.window
 
     def bring(self, weight: Weight) -> bool:
@@ -291,12 +245,14 @@ class AttachedDevice(Host):
                 if arena is None or nbytes > arena.capacity:
                     raise OutOfMemoryError(
                         f"{self.processor.name} tried to allocate {nbytes} bytes for {weight.name!r}, and the window "
-                        f"there holds {self.device_window}: end what else uses its memory"
+                        f"there holds {self.window_bytes}: end what else uses its memory"
                     )
                 if fetch.settles:
                     weight.wants_residence = fetch.settles = False
-                    self.refused_bytes = self._refusals.add(weight, nbytes, self.fallbacks)
+                    self.refused_bytes = self._refusals.add(weight, nbytes)
                 lease = arena.acquire(nbytes, timeout)
+            elif fetch.settles:
+                self._refusals.came_back(weight)
             if lease is None:
                 return False
             fetch.lease = lease
@@ -307,7 +263,7 @@ class AttachedDevice(Host):
     def _own_memory(self, nbytes: int) -> Lease | None:
         """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
         try:
-            own = Arena(self.processor, nbytes, self._streams)
+            own = Arena(self.processor, nbytes, self._streams.known)
         except BudgetError:
             return None
         lease = own.acquire(nbytes)
@@ -319,14 +275,14 @@ class AttachedDevice(Host):
         host = self.window.in_use if self.window is not None else 0
         return BudgetError(
             f"{weight.name!r} needs {self._layout(weight).nbytes} bytes of the window on {self.processor.name}, but "
-            f"{self.in_use} of its {self.device_window} bytes (and {host} of the host's) are held by tensors still in "
+            f"{self.in_use} of its {self.window_bytes} bytes (and {host} of the host's) are held by tensors still in "
             "use (an operator that takes several weights, or views kept by the caller); raise max_memory by "
             f"{weight.layout.nbytes} bytes"
         )
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """As Host.read_rows, on the device."""
-        if weight in self._moved:
+        if self._moved.pool(weight) is not None:
             self.bring(weight)
         kept = self._kept.get(weight)
         placed = weight.placed
@@ -372,13 +328,12 @@ class AttachedDevice(Host):
     def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
         """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""
         self.processor.follow(event)
-        self.enter()
-        stream = self.processor.stream()
+        stream = self._streams.enter()
         lease.used_on(stream)
         if made is not None:
             self.processor.used(made, stream)
 
-    def _tensor_of(self, weight: Weight, lease: Lease) -> tuple[torch.Tensor, Event | None]:
+    def _tensor_of(self, weight: Weight, lease: Lease, settles: bool) -> tuple[torch.Tensor, Event | None]:
         """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""
         provenance, starts, placements = (
             weight.provenance,
@@ -391,7 +346,12 @@ class AttachedDevice(Host):
                 return flagged(tensors[0], weight.requires_grad), None
             leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
             value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
-            return flagged(value, weight.requires_grad), self.processor.fence(self.processor.stream())
+            made = flagged(value, weight.requires_grad)
+            if (
+                settles
+            ):  # a plain parameter then, which nobody hands to the streams; of leases, arenas take care
+                self._streams.share(made)
+            return made, self.processor.fence(self.processor.stream())
 
 
 def _at_slab_edges(
@@ -404,27 +364,6 @@ def _at_slab_edges(
     edge = step - (source.data_ptr() - pool.base_address) % step
     cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
     return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
-
-
-class Spare:
-    """Bytes of the host's budget that nothing has been planned for. Any thread may call any method."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._left = nbytes
-        self._lock = threading.RLock()  # a finalizer may call give() inside a method here
-
-    def take(self, nbytes: int) -> bool:
-        """Take them, if they are there."""
-        with self._lock:
-            if nbytes > self._left:
-                return False
-            self._left -= nbytes
-            return True
-
-    def give(self, nbytes: int) -> None:
-        """Give them back."""
-        with self._lock:
-            self._left += nbytes
 
 
 def _tensor(memory: torch.Tensor, start: int, placed: Placed) -> torch.Tensor:

@@ -31,6 +31,11 @@ class CpuDevice(Host):
         return self.window.capacity if self.window is not None else 0
 
     @property
+    def window_bytes(self) -> int:
+        """See Device."""
+        return self.window.capacity if self.window is not None and self.window.base_address else 0
+
+    @property
     def in_use(self) -> int:
         """Bytes of the window that hold a weight, or are being read into."""
         return self.window.in_use if self.window is not None else 0

@@ -45,7 +45,6 @@ class Device(Protocol):
     torch_device: torch.device
     name: str
     tally: Tally
-    fallbacks: list[str]
     drives: Drives
     generation: int
     patience: float  # seconds that a thread alone waits for room: nobody else's operators give any back
@@ -55,12 +54,20 @@ class Device(Protocol):
     )
 
     @property
+    def fallbacks(self) -> list[str]:
+        """What does not run as it should, for the report."""
+
+    @property
     def pools(self) -> list[Pool]:
         """Mappings in host memory that weights lie in."""
 
     @property
     def ahead_bytes(self) -> int:
         """Bytes of weights that can be on their way at once; 0 where nothing streams."""
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the window, where operators compute; 0 where there is none, or none could be had."""
 
     @property
     def in_use(self) -> int:
@@ -90,9 +97,6 @@ class Device(Protocol):
 
     def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
         """Small tensors, read at once."""
-
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """`tensor`, which `weight` was while it was resident, may die now."""
 
     def release(self, weight: Weight) -> None:
         """`weight` is to be resident no more."""

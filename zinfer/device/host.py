@@ -58,7 +58,7 @@ class Host:
         recorder: Recorder | None = None,
     ) -> None:
         self.tally = Tally()
-        self.fallbacks: list[str] = []  # what does not run as it should, for the report
+        self._notes: list[str] = []
         self.on_room: weakref.WeakMethod[Callable[[], None]] | None = (
             None  # called when a device gave room back
         )
@@ -99,6 +99,11 @@ class Host:
             logger.warning("memory may lie far from the drive, on another NUMA node: %s", reason)
 
     @property
+    def fallbacks(self) -> list[str]:
+        """What does not run as it should, for the report."""
+        return list(self._notes)
+
+    @property
     def pools(self) -> list[Pool]:
         """The mappings that weights lie in; none after `close`, once the last tensor on them has died."""
         resident = self.residents.pool if self.residents is not None else None
@@ -112,9 +117,6 @@ class Host:
             self.residents.close()
         if self.window is not None:
             self.window.close()
-
-    def given_up(self, weight: Weight, tensor: torch.Tensor) -> None:
-        """Nothing: operators have run when they return."""
 
     def reclaim(self) -> None:
         """Nothing: what is given back here goes to the kernel at once."""
@@ -196,15 +198,6 @@ class Host:
                     f"{file}: the file was altered while it was streamed; results after this point could be "
                     "wrong. Restore it, then call zinfer.run again"
                 )
-
-
-def why_pageable(pool: Pool) -> str:
-    """Why `pool` could not be page-locked, and what would help."""
-    if torch.version.hip is not None:
-        return (
-            "this torch is built for ROCm, and in this version zinfer page-locks through CUDA's runtime alone"
-        )
-    return pool.page_lock_reason
 
 
 def flagged(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:

@@ -30,7 +30,7 @@ class LiftedFetch:
         request: Any | None,
         memory: Any,
         start_copy: Callable[[Any, Lease, bool], Event],
-        finish: Callable[[Lease], tuple[torch.Tensor, Event | None]],
+        finish: Callable[[Lease, bool], tuple[torch.Tensor, Event | None]],
         follow: Callable[[Event, Lease, torch.Tensor | None], None],
         *,
         in_place: bool,
@@ -93,7 +93,7 @@ class LiftedFetch:
             # What a conversion made is the memory of the stream that made it, and may be given to another here.
             self._follow(event, lease, self._tensor if self.weight.placed is None else None)
             if self._tensor is None:
-                self._tensor, made = self._finish(lease)
+                self._tensor, made = self._finish(lease, self.settles)
                 self._event = event = made or event
             tensor = self._tensor
         if self.settles:

@@ -2,12 +2,14 @@
 
 It computes on the CPU, at once, but behaves as a GPU does where that matters: copies run on threads of their own, as
 late and in such an order as a script says; memory that was given back counts as in use until a scripted moment
-later, and must not have changed by then; after that it is poisoned. A runtime that recycles memory too early is
-caught by a difference in the bytes, here or in the results.
+later, and must not have changed by then; after that it is poisoned. A copy knows addresses, as a GPU's queue does: it
+keeps neither side alive but for the block on the device, which an allocator would. A runtime that recycles memory too
+early is caught by a difference in the bytes, here or in the results.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import queue
 import threading
@@ -17,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,6 +87,8 @@ class StagedProcessor:
         self._lock = threading.RLock()
         self._closed = False
         self._jobs: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._copying: list[tuple[StagedEvent, list[Span]]] = []
+        self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 
     def current(self) -> AbstractContextManager[Any]:
         """See Processor. There is nothing to choose."""
@@ -125,6 +129,7 @@ class StagedProcessor:
             self.peak = max(self.peak, self._allocated)
         block = Block(nbytes)
         weakref.finalize(block, self._freed, nbytes).atexit = False
+        self._blocks[torch.frombuffer(block, dtype=torch.uint8).data_ptr()] = block
         return block
 
     def allocated(self, nbytes: int) -> int:
@@ -165,9 +170,21 @@ class StagedProcessor:
     def _start(
         self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], kind: str
     ) -> Event:
-        event = StagedEvent(sum(source.nbytes for _, source in moves))
-        self._worker(kind).put(partial(self._copy, list(moves), tuple(after), kind, event))
+        spans = [Span(target.data_ptr(), source.data_ptr(), source.nbytes) for target, source in moves]
+        held = [block for span in spans for block in self._blocks_of(span)]
+        event = StagedEvent(sum(span.nbytes for span in spans))
+        with self._lock:
+            self._copying = [*(one for one in self._copying if not one[0].done), (event, spans)]
+        self._worker(kind).put(partial(self._copy, spans, held, tuple(after), kind, event))
         return event
+
+    def _blocks_of(self, span: Span) -> list[Block]:
+        """Those that it reads or writes: what an allocator would not give away before the copy has run."""
+        return [
+            block
+            for start, block in list(self._blocks.items())
+            if start <= span.target < start + len(block) or start <= span.source < start + len(block)
+        ]
 
     def follow(self, event: Event) -> None:
         """See Processor. Operators run in the calling thread, which has to wait itself."""
@@ -213,7 +230,8 @@ class StagedProcessor:
 
     def _copy(
         self,
-        moves: list[tuple[torch.Tensor, torch.Tensor]],
+        spans: Sequence[Span],
+        held: list[Block],
         after: Sequence[Event],
         kind: str,
         event: StagedEvent,
@@ -222,19 +240,34 @@ class StagedProcessor:
             earlier.wait()
         self._sleep(kind)
         started = time.perf_counter()
-        _move(moves)
+        for span in spans:
+            ctypes.memmove(span.target, span.source, span.nbytes)
+        held.clear()
         event.reach(started)
 
     def _retire(self, held: list[torch.Tensor], before: int | None, event: StagedEvent) -> None:
         self._sleep("fence")
-        self._poison(held.pop(), before)
+        tensor = held.pop()
+        self._look(tensor, before)
+        if before is not None and not self._read_by_a_copy(tensor):
+            tensor.fill_(POISON)
+        del tensor
         event.reach()
 
-    def _poison(self, tensor: torch.Tensor, before: int | None) -> None:
-        if before is not None:
-            if self._sum(tensor) != before:
-                self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
-            tensor.fill_(POISON)
+    def _read_by_a_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether one from there has not run, of which the next holder is told apart from fences: see Lease.copied."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        with self._lock:
+            return any(
+                start < span.source + span.nbytes and span.source < end
+                for event, spans in self._copying
+                if not event.done
+                for span in spans
+            )
+
+    def _look(self, tensor: torch.Tensor, before: int | None) -> None:
+        if before is not None and self._sum(tensor) != before:
+            self.races.append(f"{tensor.nbytes} bytes were written while operators could still read them")
 
     def _sum(self, tensor: torch.Tensor) -> int | None:
         return zlib.crc32(tensor.numpy().tobytes()) if self._check else None
@@ -249,19 +282,20 @@ class StagedProcessor:
             self._allocated -= nbytes
 
 
+class Span(NamedTuple):
+    """One copy in numbers: addresses, and how many bytes."""
+
+    target: int
+    source: int
+    nbytes: int
+
+
 class Block(mmap.mmap):
     """Memory of a staged device: a buffer of ordinary memory, aligned to ALIGNMENT."""
 
     def __new__(cls, nbytes: int) -> Block:
         """At least `nbytes` bytes, zero."""
         return super().__new__(cls, -1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Carry them out; no tensor of them is held any more when it returns."""
-    for target, source in moves:
-        target.copy_(source)
-    moves.clear()
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

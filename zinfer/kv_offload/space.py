@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections import deque
@@ -10,16 +9,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from zinfer.device.host import why_pageable
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.processor import Event
 from zinfer.errors import BudgetError, ClosedError
 from zinfer.pinned import Pool
 
-logger = logging.getLogger("zinfer")
-
 STEP_SHARE = 4  # a new pool is this part of what there is, ...
 LARGEST_STEP = 256 << 20  # ... at most so many bytes: one slab of a pool, whose edges a copy must not span
 LARGEST_BLOCK = 64 << 20  # bytes that are asked for at once
+MEMORY = "memory for key-value caches"  # what the report calls it
 PAGE = 4096  # bytes that a pool rounds up to
 
 
@@ -27,7 +25,7 @@ class Space:
     """At most `limit` bytes of host memory for the caches of one model. Any thread may call any method.
 
     Regions return when the last view of them dies, and not before the copies they were held for have ended. `current`
-    is that of the processor which copies.
+    is that of the processor which copies, `page_locks` is told of each pool.
     """
 
     def __init__(
@@ -36,15 +34,16 @@ class Space:
         *,
         page_lock: Literal["auto", "off"],
         current: Callable[[], AbstractContextManager[Any]],
+        page_locks: PageLocks,
     ) -> None:
         self.limit = limit
+        self._page_locks = page_locks
         self._current = current
         self._page_lock: Literal["auto", "off"] = page_lock
         self._pools: list[Pool] = []
         self._flying: deque[tuple[Event, list[Any]]] = deque()
         self._lock = threading.RLock()
         self._closed = False
-        self._warned = False
         # Nobody may be given memory that a copy still writes, also where the model is dropped without close().
         weakref.finalize(self, _drain, self._flying).atexit = False
 
@@ -116,13 +115,8 @@ class Space:
         step = max(nbytes, min(have // STEP_SHARE, LARGEST_STEP, room) // PAGE * PAGE)
         with self._current():
             pool = Pool(step, page_lock=self._page_lock)
-        if self._page_lock == "auto" and not pool.page_locked and not self._warned:
-            self._warned = True
-            logger.warning(
-                "memory for key-value caches could not be page-locked (%s): its copies are slower and block a thread",
-                why_pageable(pool),
-            )
         self._pools.append(pool)
+        self._page_locks.check([pool], MEMORY)
         return pool
 
 

@@ -291,6 +291,23 @@ def _set_requires_grad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return _metadata(func, args, kwargs)
 
 
+def _assign_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`x[index] = value`, where `x` is any tensor and a streamed weight is the index or the value.
+
+    As of other operators' results, no gradient flows through what is assigned; torch's own rules for `x` hold.
+    """
+    target, index, value = args
+    if type(target) is StreamedParameter:
+        raise _read_only(target, "item assignment")
+    value = _real(value)
+    if isinstance(value, torch.Tensor) and type(args[2]) is StreamedParameter:
+        value = value.detach()
+        if target.requires_grad and torch.is_grad_enabled():
+            value = _NoGradient.apply(target, value)
+    func(target, _real(index), value)
+    _ended((*(index if isinstance(index, tuple) else (index,)), args[2]))
+
+
 def _refuse_write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise _read_only(args[0], getattr(func, "__name__", "assignment"))
 
@@ -378,7 +395,8 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         ),
         (_same, (tensor.detach, torch.detach, tensor.data.__get__)),
         (_set_requires_grad, (tensor.requires_grad_, tensor.requires_grad.__set__)),
-        (_refuse_write, (tensor.data.__set__, tensor.grad.__set__, tensor.__setitem__)),
+        (_assign_items, (tensor.__setitem__,)),
+        (_refuse_write, (tensor.data.__set__, tensor.grad.__set__)),
         (_no_bytes, no_storage),
     ]
     table |= {function: answer for answer, functions in answers for function in functions}
