@@ -148,7 +148,8 @@ class Account:
     """Where the budget of a tier went, in bytes. `ceiling` bounds the sum of the others and of the key-value caches.
 
     `free` is what the tier had when the plan was made, less headroom: those and activations have to fit there.
-    `experts`: of experts that are read one by one. The user sets it as max_memory[`key`]; of what is given there, `overhead` is not in the ceiling.
+    `experts`: what those may take that are read one by one. The user sets the ceiling as max_memory[`key`]; of what is
+    given there, `overhead` is not in it.
     """
 
     ceiling: int

@@ -18,7 +18,7 @@ from zinfer.caches_on_host import CachesOnHost
 from zinfer.device.attached import AttachedDevice
 from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
-from zinfer.experts import forward as experts
+from zinfer.experts.forward import use_streamed_experts
 from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.opening import Target
@@ -138,11 +138,14 @@ def _run_checkpoint(
     where = bring_to_drive(folder, variant, nvme_path, offload, show)
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
+    experts_asked = model_options.get(
+        "experts_implementation", getattr(config, "_experts_implementation", None)
+    )
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
     if target.kv_offload:
         check_model(model)
-    if model_options.get("experts_implementation", "eager") == "eager" and offload in ("auto", "nvme"):
-        experts.use(model)
+    if experts_asked in (None, "eager") and offload in ("auto", "nvme") and target.processor is None:
+        use_streamed_experts(model)
     streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
     caches = _caches(model, streaming, target, recorder)
     predict = None

@@ -16,7 +16,7 @@ from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
 from zinfer.prefill import Prefill
 from zinfer.relief import Relief
-from zinfer.report import DeviceFigures, Report
+from zinfer.report import DeviceFigures, ExpertFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -120,6 +120,23 @@ class Runtime:
             shortages=self._relief.count,
             fallbacks=self._fallbacks(),
             device=self._device_figures(),
+            experts=self._expert_figures(),
+        )
+
+    def _expert_figures(self) -> ExpertFigures | None:
+        cache = self._streaming.experts
+        if cache is None:
+            return None
+        counters = cache.counters
+        return ExpertFigures(
+            limit_bytes=cache.limit,
+            cached_bytes=cache.used_bytes,
+            cached=cache.count,
+            experts=self._streaming.expert_count,
+            hits=counters.hits,
+            misses=counters.misses,
+            read_bytes=counters.read_bytes,
+            wait_seconds=counters.wait_seconds,
         )
 
     def _device_figures(self) -> DeviceFigures | None:

@@ -48,6 +48,16 @@ class Streaming:
     experts: ExpertCache | None = None
 
     @property
+    def expert_count(self) -> int:
+        """Experts of all layers that are read one by one."""
+        return sum({id(slots[0].owner): weight.shape[0] for slots, weight in self._sliced}.values())
+
+    @property
+    def _sliced(self) -> list[tuple[list[Slot], Weight]]:
+        both = zip(self.slots, self.weights, strict=True)
+        return [(slots, weight) for slots, weight in both if weight.slices is not None]
+
+    @property
     def loaded(self) -> bool:
         """Whether any weight has become resident."""
         return any(weight.resident is not None for weight in self.weights)

@@ -126,7 +126,7 @@ class ExpertCache:
         self._pool.close()
 
     def _request(self, waiting: deque[Expert], held: list[Slot], *, first: bool = False) -> None:
-        """Take or start those `waiting`, until there is no room. `first`: those that are there come before all others."""
+        """Take or start those `waiting`, until there is no room. `first`: those that are there come first."""
         if self._closed:
             raise ClosedError("this model was closed; call zinfer.run again to use it")
         if first:
@@ -210,8 +210,8 @@ class ExpertCache:
 
     def _refuse(self, expert: Expert) -> None:
         raise BudgetError(
-            f"{expert.name} needs {expert.nbytes} bytes of the {self.limit} that experts may take, and other threads or "
-            f"the caller hold those; raise max_memory['cpu'] by {expert.nbytes} bytes"
+            f"{expert.name} needs {expert.nbytes} bytes of the {self.limit} that experts may take, which other "
+            f"threads or the caller hold; raise max_memory['cpu'] by {expert.nbytes} bytes"
         )
 
 

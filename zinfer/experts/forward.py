@@ -1,4 +1,4 @@
-"""What transformers calls in place of a layer's experts: those that the router picked are read, and computed as they land.
+"""What transformers calls in place of a layer's experts: those that were picked are read, and computed as they land.
 
 Each is computed by the layer's own "eager" code, on the tokens that go to it; the results are added in the order of
 the experts' numbers, as that code does. So they are the same bit for bit, whatever lands first.
@@ -82,7 +82,7 @@ class _at_hand:
 def forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts implementation "zinfer": see StreamedExperts. A module that streams none is computed as by "eager"."""
+    """The experts implementation "zinfer": see StreamedExperts. A module that streams none is computed by "eager"."""
     streamed: StreamedExperts | None = module.__dict__.get(ATTRIBUTE)
     if streamed is None:
         result: torch.Tensor = type(module).forward.__wrapped__(  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def forward(
     return streamed(module, hidden_states, top_k_index, top_k_weights)
 
 
-def use(model: Any) -> None:
+def use_streamed_experts(model: Any) -> None:
     """Make `model`, without weights yet, compute its experts so, if it is of a class that can."""
     if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
         model.set_experts_implementation(NAME)

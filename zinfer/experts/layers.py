@@ -14,7 +14,7 @@ from zinfer.weights.weight import Weight
 
 
 def holds_experts(owner: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether `owner`, of a class that transformers' experts interface dispatches, has a matrix for each expert here."""
+    """Whether `owner`, whose class transformers' experts interface dispatches, has a matrix for each expert here."""
     count = getattr(owner, "num_experts", None)
     dispatched = hasattr(type(owner), "_apply_gate") and hasattr(type(owner).forward, "__wrapped__")
     return dispatched and len(shape) == 3 and shape[0] == count
@@ -42,7 +42,7 @@ class Expert:
 
 
 class ExpertLayer:
-    """The experts of one module: `weights` are its streamed parameters, expert after expert along their first dimension."""
+    """The experts of one module: `weights` are its streamed parameters, expert after expert in the first dimension."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = tuple(weights)

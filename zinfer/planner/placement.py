@@ -37,8 +37,8 @@ class Footprint:
     """What one weight costs, in bytes.
 
     `resident`: kept for good. `window`: its region while streamed. `transient`: ordinary memory that
-    making it takes besides (a replayed conversion's results), at most one weight at a time. `rows_only`: operators ask for
-    rows of it alone. `sliced`: so they do for experts, which have a cache of their own; it is neither kept nor streamed.
+    making it takes besides (a replayed conversion's results), at most one weight at a time. `rows_only`: operators ask
+    for rows of it alone. `sliced`: experts, which have a cache of their own: it is neither kept nor streamed.
     """
 
     resident: int
