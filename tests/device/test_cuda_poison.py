@@ -61,6 +61,7 @@ def processor(poisoning):
     made = object.__new__(CudaProcessor)
     made.torch_device = torch.device("cuda", 0)
     made._poisoning = poisoning
+    made._caches = {True: "going back"}
     return made
 
 
@@ -70,8 +71,10 @@ def test_memory_is_poisoned_after_its_operators_and_before_the_next_copy(played)
     assert played.told == [
         "the end of one",
         "the end of two",
+        "the end of going back",
         "poisoning waits for the end of one",
         "poisoning waits for the end of two",
+        "poisoning waits for the end of going back",
         "the end of poisoning",
     ]
     assert [event.event.name for event in events] == ["the end of poisoning"]

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
 from zinfer.device import host, moved, residents
 from zinfer.device.attached import _at_slab_edges
+from zinfer.device.lifted import LiftedFetch
 from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_offload import space
@@ -415,3 +417,32 @@ def test_on_rocm_nobody_is_sent_to_install_cuda(folder, total, monkeypatch, noth
     with run_within(folder, Unlockable(MEMORY), total // 2, 1, offload="nvme") as model:
         (note,) = [line for line in model.zinfer.report().fallbacks if "page-locked" in line]
     assert "ROCm" in note and "CUDA build" not in note
+
+
+def test_whoever_is_told_that_a_copy_has_ended_finds_its_host_memory_free():
+    class Memory:
+        pass
+
+    class Done:
+        done = True
+
+    memory, free = Memory(), []
+    alive = weakref.ref(memory)
+
+    def started(event: Any, sources: list[Any]) -> None:
+        sources.clear()  # as the thread does that waits for copies, if this one has ended already
+        free.append(alive() is None)
+
+    weight: Any = SimpleNamespace(name="w", placed=None)
+
+    def start(memory: Any, lease: Any, urgent: bool) -> Any:
+        return Done(), [memory]
+
+    nothing: Any = None
+    fetch = LiftedFetch(
+        weight, None, memory, start, started, nothing, nothing, in_place=False, settles=False, generation=0
+    )
+    del memory
+    fetch.lease = SimpleNamespace()
+    fetch.issue(urgent=False)
+    assert free == [True]

@@ -183,6 +183,7 @@ class AttachedDevice(Host):
             request,
             memory,
             partial(self._start_copy, weight, self._pool_of(weight), in_place and request is not None),
+            self._copying,
             partial(self._tensor_of, weight),
             self._follow,
             in_place=in_place,
@@ -300,8 +301,11 @@ class AttachedDevice(Host):
 
     def _start_copy(
         self, weight: Weight, pool: Pool | None, stays: bool, memory: Any, lease: Lease, urgent: bool
-    ) -> Event:
-        """Start to copy `weight` from `memory`; it stays there afterwards, or that goes back once it was copied."""
+    ) -> tuple[Event, list[Any]]:
+        """Start to copy `weight` from `memory`; it stays there afterwards, or that goes back once it was copied.
+
+        What has to be kept until the event comes with it.
+        """
         self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
         if stays:
             self._kept[weight] = memory
@@ -318,12 +322,13 @@ class AttachedDevice(Host):
             event = self.processor.copy(moves, lease.after, urgent=urgent)
         lease.copied(event)
         sources = [memory, pool]  # the pool too: it counts as used until then
-        moves.clear()
-        if self._copies is not None:
-            self._copies.started(event, sources)
         if self._recorder is not None:
             self._recorder.copying(weight.name, event)
-        return event
+        return event, sources
+
+    def _copying(self, event: Event, sources: list[Any]) -> None:
+        if self._copies is not None:
+            self._copies.started(event, sources)
 
     def _follow(self, event: Event, lease: Lease, made: torch.Tensor | None) -> None:
         """The calling thread's operators read what is in `lease`, or what a conversion `made` of it."""

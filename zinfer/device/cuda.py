@@ -293,8 +293,10 @@ class CudaProcessor:
         fences = [self.fence(stream) for stream in streams]
         if self._poisoning is None or not fences:
             return fences
+        # A cache's layer may still go back to the host from there, of which the next holder is told apart from fences.
+        leaving = self.fence(self._caches[True])
         with torch.cuda.stream(self._poisoning):
-            for fence in fences:
+            for fence in (*fences, leaving):
                 self.follow(fence)
             block[start : start + nbytes].fill_(POISON)
         return [self.fence(self._poisoning)]

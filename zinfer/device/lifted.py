@@ -29,7 +29,8 @@ class LiftedFetch:
         weight: Weight,
         request: Any | None,
         memory: Any,
-        start_copy: Callable[[Any, Lease, bool], Event],
+        start_copy: Callable[[Any, Lease, bool], tuple[Event, list[Any]]],
+        started: Callable[[Event, list[Any]], None],
         finish: Callable[[Lease, bool], tuple[torch.Tensor, Event | None]],
         follow: Callable[[Event, Lease, torch.Tensor | None], None],
         *,
@@ -45,7 +46,8 @@ class LiftedFetch:
         self.lifting = threading.Lock()  # held while somebody looks for room for it
         self._request = request
         self._memory = memory
-        self._start_copy, self._finish, self._follow = start_copy, finish, follow
+        self._start_copy, self._started = start_copy, started
+        self._finish, self._follow = finish, follow
         self._event: Event | None = None
         self._tensor: torch.Tensor | None = None
         self._lock = threading.Lock()
@@ -76,8 +78,10 @@ class LiftedFetch:
         with self._lock:
             if self._event is None:
                 assert self.lease is not None
-                self._event = self._start_copy(self._memory, self.lease, urgent)
+                self._event, sources = self._start_copy(self._memory, self.lease, urgent)
                 self._request = self._memory = None
+                # Only now: whoever is told that the copy has ended is to find the memory free.
+                self._started(self._event, sources)
 
     def wait(self) -> torch.Tensor:
         """The tensor, which what the calling thread's stream is given from now on can read.
