@@ -87,11 +87,16 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
     if not parts.footprints:
         return Placement(frozenset(), 0, 0, 0)
     available = budget - parts.fixed
-    least = smallest(parts.footprints)
-    # What every token needs comes first: an expert's memory pays only when the router picks it again.
-    reserve = min(EXPERTS_AT_ONCE * parts.largest_expert, parts.expert_bytes, available // EXPERT_SHARE)
-    reserve = max(parts.largest_expert, min(reserve, available - least))
-    return place(parts.footprints, available - reserve)
+    return place(parts.footprints, available - expert_reserve(parts, available))
+
+
+def expert_reserve(parts: Parts, available: int) -> int:
+    """Bytes of `available` that are kept for experts that are read one by one, before other weights are placed.
+
+    Few: what every token needs comes first, an expert's memory pays only when the router picks it again.
+    """
+    wanted = min(EXPERTS_AT_ONCE * parts.largest_expert, parts.expert_bytes, available // EXPERT_SHARE)
+    return max(parts.largest_expert, min(wanted, available - smallest(parts.footprints)))
 
 
 def tiers_within(

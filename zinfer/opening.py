@@ -50,7 +50,9 @@ def open_cpu(
         parts.weights[index].wants_residence = True
     residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
     in_memory = offload in ("cpu", "none")
-    experts = min(parts.expert_bytes, parts.budget - parts.fixed - placement.total_bytes)
+    slots = 0
+    if parts.layers:
+        slots = parts.expert_slots(parts.budget - parts.fixed - placement.total_bytes)
     device = CpuDevice(
         paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
     )
@@ -63,9 +65,9 @@ def open_cpu(
         small=parts.small_bytes,
         bounce=parts.bounce,
         key="cpu",
-        experts=experts if parts.layers else 0,
+        experts=slots * parts.largest_expert,
     )
-    cache = ExpertCache(device, experts, floor=parts.largest_expert) if parts.layers else None
+    cache = ExpertCache(device, slots, parts.largest_expert) if slots else None
     return Opened(device, parts.footprints, placement, account, experts=cache)
 
 

@@ -108,7 +108,11 @@ class Parts:
         self.small_bytes = _small_bytes(self.small)
         self.fixed = self.small_bytes + self.bounce
         self.largest_expert = max((layer.slot_bytes for layer, _ in self.layers), default=0)
-        self.expert_bytes = sum(layer.nbytes for layer, _ in self.layers)
+        self.expert_bytes = self.largest_expert * sum(layer.count for layer, _ in self.layers)
+
+    def expert_slots(self, room: int) -> int:
+        """How many experts `room` bytes hold, at most all."""
+        return min(self.expert_bytes, room) // self.largest_expert if self.layers else 0
 
     def needed(self, offload: str) -> int:
         """The fewest bytes that hold what this division keeps in memory at once."""

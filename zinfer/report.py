@@ -84,9 +84,9 @@ class Report:
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
     None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `shortages`: how
-    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read. `device`:
-    where another device than the CPU computes, its memory; the sizes above are then the host's. `experts`: those of a
-    mixture that are read one by one.
+    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read;
+    `busy_seconds`: how long reads were in flight, averaged over them. `device`: where another device than the CPU
+    computes, its memory; the sizes above are then the host's. `experts`: those of a mixture that are read one by one.
     """
 
     model: str
@@ -110,6 +110,7 @@ class Report:
     bytes_written: int
     requests: int
     retries: int
+    busy_seconds: float
     sweeps: int
     first_sweep_seconds: float | None
     sweep_seconds: float | None

@@ -97,6 +97,7 @@ class Runtime:
             bytes_written=self._bytes_written,
             requests=stats["requests"],
             retries=stats["retries"],
+            busy_seconds=stats["busy_seconds"] / max(1, len(drives.settings)),
             sweeps=self._log.begun,
             first_sweep_seconds=self._log.first_seconds,
             sweep_seconds=steady.sweep_seconds,
@@ -130,7 +131,7 @@ class Runtime:
         counters = cache.counters
         return ExpertFigures(
             limit_bytes=cache.limit,
-            cached_bytes=cache.used_bytes,
+            cached_bytes=cache.count * cache.slot_bytes,
             cached=cache.count,
             experts=self._streaming.expert_count,
             hits=counters.hits,

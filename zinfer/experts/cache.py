@@ -13,9 +13,11 @@ import torch
 from zinfer.device.host import Host, flagged, view_of
 from zinfer.errors import BudgetError, ClosedError
 from zinfer.experts.layers import Expert
+from zinfer.experts.slots import Slots
 from zinfer.pinned import Pool
-from zinfer.pinned.pages import give_back
 
+PATIENCE = 30.0  # seconds to wait for a slot that others hold
+TURN = 0.001  # seconds between two looks for one
 LOOK_EVERY = 0.0002  # seconds between looks which of several experts has landed
 
 
@@ -44,7 +46,9 @@ class Counters:
 
 
 class ExpertCache:
-    """At most `limit` bytes of experts, read through `host`. Any thread may call any method; one lock guards it.
+    """At most `count` experts of at most `slot_bytes`, read through `host`.
+
+    Any thread may call any method; one lock guards it.
 
         absent --picked--> reading --landed--> there --evicted--> absent
                                         (users > 0: neither evicted nor given back)
@@ -53,31 +57,34 @@ class ExpertCache:
     were computed with make room for the next.
     """
 
-    def __init__(self, host: Host, limit: int, *, floor: int) -> None:
+    def __init__(self, host: Host, count: int, slot_bytes: int) -> None:
         self._host = host
-        self.limit, self.floor = limit, floor
-        self._pool = Pool(limit, page_lock="off", touch_threads=0)
         self._lock = threading.RLock()
-        self._slots: OrderedDict[Expert, Slot] = OrderedDict()  # the least recently used first
-        self._used = 0
-        self._room = threading.Condition(self._lock)
+        self._experts: OrderedDict[Expert, Slot] = OrderedDict()  # the least recently used first
+        self.allowed = count  # slots
+        self._memory = Slots(count, slot_bytes)
         self._closed = False
         self.counters = Counters()
 
     @property
     def pool(self) -> Pool:
         """Where the slots lie."""
-        return self._pool
+        return self._memory.pool
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of slots that hold an expert, or are being read into."""
-        return self._used
+    def slot_bytes(self) -> int:
+        """Bytes of a slot."""
+        return self._memory.nbytes
+
+    @property
+    def limit(self) -> int:
+        """Bytes that experts may take now."""
+        return self.allowed * self.slot_bytes
 
     @property
     def count(self) -> int:
         """Experts that are there or on their way."""
-        return len(self._slots)
+        return len(self._experts)
 
     def arrivals(self, wanted: Sequence[Expert]) -> Iterator[tuple[Expert, list[torch.Tensor]]]:
         """Each of `wanted` with its tensors, in the order of landing; valid until the next one is asked for.
@@ -92,11 +99,7 @@ class ExpertCache:
                 self._request(waiting, held, first=True)
             while held or waiting:
                 if not held:
-                    with self._room:
-                        self._request(waiting, held)
-                        if not held and not self._room.wait(1.0):
-                            self._refuse(waiting[0])
-                    continue
+                    self._wait_for_room(waiting, held)
                 slot = self._landed(held)
                 yield slot.expert, self._tensors(slot)
                 held.remove(slot)
@@ -108,82 +111,91 @@ class ExpertCache:
                 for slot in held:
                     self._done(slot)
 
+    def _wait_for_room(self, waiting: deque[Expert], held: list[Slot]) -> None:
+        """Other threads compute with all there is, or somebody keeps tensors: ask again and again."""
+        deadline = time.monotonic() + PATIENCE
+        while not held:
+            if time.monotonic() > deadline:
+                self._refuse(waiting[0])
+            time.sleep(TURN)
+            with self._lock:
+                self._request(waiting, held)
+
     def resize(self, limit: int) -> None:
-        """Hold at most `limit` bytes from now on, or `floor`, if that is more; memory that is not needed goes back."""
+        """Take at most `limit` bytes from now on, or those of one slot; memory that is not needed goes back."""
         with self._lock:
-            self.limit = max(self.floor, min(limit, self._pool.capacity))
-            for expert in [expert for expert, slot in self._slots.items() if not slot.users]:
-                if self._used <= self.limit:
-                    break
-                self._evict(expert, for_good=True)
+            allowed = max(1, min(limit // self.slot_bytes, self._memory.count))
+            if allowed == self.allowed:
+                return
+            self.allowed = allowed
+            while len(self._experts) > allowed and (victim := self._victim()) is not None:
+                self._evict(victim)
+            self._memory.allow(allowed)
 
     def close(self) -> None:
         """Drop every expert and give the memory back as soon as the last tensor on it dies."""
         with self._lock:
             self._closed = True
-            self._slots.clear()
-            self._room.notify_all()
-        self._pool.close()
+            self._experts.clear()
+        self._memory.close()
 
     def _request(self, waiting: deque[Expert], held: list[Slot], *, first: bool = False) -> None:
         """Take or start those `waiting`, until there is no room. `first`: those that are there come first."""
         if self._closed:
             raise ClosedError("this model was closed; call zinfer.run again to use it")
         if first:
-            for expert in [expert for expert in waiting if expert in self._slots]:
+            for expert in [expert for expert in waiting if expert in self._experts]:
                 waiting.remove(expert)
                 self._take(expert, held)
         while waiting:
             expert = waiting[0]
-            if expert in self._slots:  # another thread has asked for it meanwhile
+            if expert in self._experts:  # another thread has asked for it meanwhile
                 self._take(waiting.popleft(), held)
                 continue
-            memory = self._make_room(expert.nbytes)
-            if memory is None:
+            room = self._make_room()
+            if room is None:
                 return
             waiting.popleft()
-            request = self._host.read(expert.layout, memory, memory.address, urgent=True)
+            memory, address = room
+            request = self._host.read(expert.layout, memory, address, urgent=True)
             self._host.note(request, expert.name, "demand")
-            slot = self._slots[expert] = Slot(expert, memory, request)
-            self._used += expert.nbytes
+            slot = self._experts[expert] = Slot(expert, memory, request)
+            del memory, room
             held.append(slot)
             self.counters.misses += 1
             self.counters.read_bytes += request.nbytes
 
     def _take(self, expert: Expert, held: list[Slot]) -> None:
-        slot = self._slots[expert]
+        slot = self._experts[expert]
         slot.users += 1
-        self._slots.move_to_end(expert)
+        self._experts.move_to_end(expert)
         held.append(slot)
         self.counters.hits += 1
 
-    def _make_room(self, nbytes: int) -> Any | None:
-        while True:
-            if self._used + nbytes <= self.limit and (memory := self._pool.acquire(nbytes)) is not None:
-                return memory
-            victim = next((expert for expert, slot in self._slots.items() if not slot.users), None)
+    def _make_room(self) -> tuple[memoryview, int] | None:
+        while (room := self._memory.take()) is None:
+            victim = self._victim()
             if victim is None:
                 return None
-            self._evict(victim, for_good=False)
+            self._evict(victim)
+        return room
 
-    def _evict(self, expert: Expert, *, for_good: bool) -> None:
-        slot = self._slots.pop(expert)
-        self._used -= expert.nbytes
+    def _victim(self) -> Expert | None:
+        return next((expert for expert, slot in self._experts.items() if not slot.users), None)
+
+    def _evict(self, expert: Expert) -> None:
+        slot = self._experts.pop(expert)
         self.counters.evictions += 1
-        address = slot.memory.address
         if slot.tensors is not None:
             slot.tensors.clear()  # the list may still be a caller's, and would keep the memory
         slot.memory = slot.request = None
-        if for_good:
-            give_back(address, expert.nbytes)
 
     def _done(self, slot: Slot) -> None:
         slot.users -= 1
         failed = slot.tensors is None and slot.request is not None and slot.request.done
-        if failed and not slot.users and self._slots.get(slot.expert) is slot:
+        if failed and not slot.users and self._experts.get(slot.expert) is slot:
             # Nobody has seen its bytes: whoever asks next reads anew rather than meet an old failure.
-            self._evict(slot.expert, for_good=False)
-        self._room.notify_all()
+            self._evict(slot.expert)
 
     def _landed(self, held: list[Slot]) -> Slot:
         """One of `held` that is there, waiting for the first to land if none is."""

@@ -92,6 +92,14 @@ def forward(
     return streamed(module, hidden_states, top_k_index, top_k_weights)
 
 
+def streams_experts(asked: str | None, offload: str, *, attached: bool) -> bool:
+    """Whether experts are read one by one where the user `asked` for an implementation, or for none (None).
+
+    On a device with memory of its own (`attached`) they stream whole, as other weights do.
+    """
+    return asked in (None, "eager") and offload in ("auto", "nvme") and not attached
+
+
 def use_streamed_experts(model: Any) -> None:
     """Make `model`, without weights yet, compute its experts so, if it is of a class that can."""
     if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():

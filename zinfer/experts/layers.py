@@ -58,11 +58,6 @@ class ExpertLayer:
         """Bytes of the largest expert."""
         return max(expert.nbytes for expert in self.experts)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all experts take, each in a slot of its own."""
-        return sum(expert.nbytes for expert in self.experts)
-
     def _expert(self, index: int) -> Expert:
         placements = tuple(_slice(weight, index) for weight in self.weights)
         return Expert(
