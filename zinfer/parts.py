@@ -63,16 +63,6 @@ class Held:
         """Bytes of the tensor."""
         return self.tensor.numel() * self.tensor.dtype.itemsize
 
-    @property
-    def is_placed(self) -> bool:
-        """Whether it is bytes of the checkpoint as they are."""
-        return isinstance(self.provenance, Placed)
-
-    @property
-    def holds_experts(self) -> bool:
-        """Whether each index of its first dimension is an expert, that can be read by itself."""
-        return len(self.slots) == 1 and holds_experts(self.slots[0].owner, self.tensor.shape)
-
     def stays(self, threshold: int) -> bool:
         """Whether it is read once and kept: buffers, vectors (norms, biases), and what is below `threshold` bytes.
 
@@ -81,6 +71,12 @@ class Held:
         """
         vector = sum(size > 1 for size in self.tensor.shape) < 2
         return self.nbytes < threshold or vector or self.in_one_operator or not self.slots[0].is_parameter
+
+
+def is_sliced(item: Held) -> bool:
+    """Whether each index of its first dimension is an expert whose bytes can be read by themselves."""
+    dispatched = len(item.slots) == 1 and holds_experts(item.slots[0].owner, item.tensor.shape)
+    return dispatched and isinstance(item.provenance, Placed)
 
 
 class Parts:
@@ -95,13 +91,7 @@ class Parts:
         self.small = [item for item in held if item.stays(threshold)]
         self.large = [item for item in held if not item.stays(threshold)]
         self.by_expert = by_expert
-        whole = {id(item.slots[0].owner) for item in held if not item.is_placed}
-        self.weights = [
-            _weight(
-                item, allocated, by_expert and item.holds_experts and id(item.slots[0].owner) not in whole
-            )
-            for item in self.large
-        ]
+        self.weights = [_weight(item, allocated, by_expert and is_sliced(item)) for item in self.large]
         self.layers = _expert_layers(self.large, self.weights)
         self.footprints = [_footprint(weight) for weight in self.weights]
         self.bounce = bounce_bytes(budget)

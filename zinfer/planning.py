@@ -14,12 +14,12 @@ from zinfer.device.choose import processor_for
 from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
-from zinfer.experts.forward import read_one_by_one, streams_experts, use_streamed_experts
+from zinfer.experts.forward import can_stream_experts, streams_experts, use_streamed_experts
 from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
-from zinfer.parts import Held, Parts, gather
+from zinfer.parts import Held, Parts, gather, is_sliced
 from zinfer.plan_task import Attached, Task
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.chunks import chunks_of
@@ -137,14 +137,15 @@ def _planned(
     new_tokens: int,
 ) -> Plan:
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
+    held = gather(outline.model)
     by_expert = streams_experts(outline.experts_asked, offload, attached=machine.has_device)
+    by_expert = by_expert and can_stream_experts(outline.model) and any(map(is_sliced, held))
     if by_expert:
         use_streamed_experts(outline.model)
-    held = gather(outline.model)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
     foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
     task = Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)
-    task.by_expert = by_expert and read_one_by_one(outline.model)
+    task.by_expert = by_expert
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 

@@ -17,7 +17,12 @@ from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.device import Device
 from zinfer.errors import OptionError
 from zinfer.experts.cache import ExpertCache
-from zinfer.experts.forward import ATTRIBUTE, StreamedExperts, read_one_by_one
+from zinfer.experts.forward import (
+    ATTRIBUTE,
+    StreamedExperts,
+    can_stream_experts,
+    use_streamed_experts,
+)
 from zinfer.opening import Target, open_attached, open_cpu
 from zinfer.parts import Account, Held, Parts, Slot, gather
 from zinfer.planner.placement import Footprint, Placement
@@ -88,17 +93,18 @@ def stream(
     progress: bool,
     allocated: bool = False,
     recorder: Recorder | None = None,
+    by_expert: bool = False,
 ) -> Streaming:
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
     `offload` as for zinfer.run. `target`: where it computes, within which ceilings; what is free where none are set.
     `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
-    told what happens.
+    told what happens. `by_expert`: experts are read one by one, where the model's class lets them be.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works.
     """
     free = default_budget()  # asked once, before anything is allocated
     held = gather(model)
-    by_expert = offload in ("auto", "nvme") and target.processor is None and read_one_by_one(model)
+    by_expert = by_expert and can_stream_experts(model)
     parts = Parts(held, host_budget(target.host, free), allocated, by_expert=by_expert)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
     processor = target.processor
@@ -127,6 +133,8 @@ def stream(
             opened.experts,
         )
         streaming.install()
+        if parts.layers:
+            use_streamed_experts(model)
         for layer, module in parts.layers:
             assert opened.experts is not None
             setattr(module, ATTRIBUTE, StreamedExperts(layer, opened.experts))

@@ -100,15 +100,14 @@ def streams_experts(asked: str | None, offload: str, *, attached: bool) -> bool:
     return asked in (None, "eager") and offload in ("auto", "nvme") and not attached
 
 
+def can_stream_experts(model: nn.Module) -> bool:
+    """Whether `model` is of a class whose experts transformers dispatches."""
+    return isinstance(model, PreTrainedModel) and model._can_set_experts_implementation()
+
+
 def use_streamed_experts(model: Any) -> None:
-    """Make `model`, without weights yet, compute its experts so, if it is of a class that can."""
-    if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
-        model.set_experts_implementation(NAME)
-
-
-def read_one_by_one(model: nn.Module) -> bool:
-    """Whether the experts of `model` are to be read one by one."""
-    return getattr(getattr(model, "config", None), "_experts_implementation", None) == NAME
+    """Have `model` compute its experts by `forward`."""
+    model.set_experts_implementation(NAME)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
