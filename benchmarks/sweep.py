@@ -29,7 +29,7 @@ from zinfer.hardware_probe import this_machine
 from zinfer.planner.hardware import Hardware
 from zinfer.planner.memory import parse_size
 
-SETTLING = 1  # tokens: what is to stay does after its second sweep
+SETTLING = 2  # tokens: one reads what is to stay, the next what lay in the window before it had its place
 
 
 def measured_now(checkpoint: str) -> Hardware:

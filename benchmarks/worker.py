@@ -1,7 +1,7 @@
 """One tool decoding one model, in a process of its own; the benchmarks start it and read its JSON.
 
-Every tool runs through the same loop: load, first token (prefill), tokens in which it settles (none unless asked
-for), a pause in which the drive's own rate is measured, one token that is not counted (it finds a window filled
+Every tool runs through the same loop: load, first token (prefill), a rest and tokens in which it settles (none unless
+asked for), a pause in which the drive's own rate is measured, one token that is not counted (it finds a window filled
 during the pause), the counted tokens, and the drive's rate again. The measuring is the parent's (see bench.py): it
 must not use memory of the tool's group. This module runs in the venvs of all tools, so it imports none of them and
 not zinfer.
@@ -206,6 +206,8 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
     last = step(task.rows)
     outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
     outcome.engine_first_token = session.engine_bytes
+    if pauses and task.settling:
+        pauses.rest()  # until the memory is there of what is to stay
     for _ in range(task.settling):
         last = step(last)
     if pauses:

@@ -33,6 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=200_000,
         help="random acquires and releases of the pool soak test",
     )
+    parser.addoption(
+        "--every-mix", action="store_true", help="every architecture with every mix of tiers, not two of them"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

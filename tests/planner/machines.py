@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zinfer import device_probe, hardware_probe
+from zinfer import cpu_probe, device_probe, hardware_probe
 from zinfer.planner.hardware import Hardware, hardware_from
 
 GB = 10**9
@@ -40,12 +40,12 @@ def gpu(**changes: Any) -> Hardware:
 
 def measure_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """What zinfer measures of this machine, and of a device, takes next to no time, and means nothing."""
-    for module in (hardware_probe, device_probe):
+    for module in (cpu_probe, device_probe):
         monkeypatch.setattr(module, "SECONDS", 0.002)
         monkeypatch.setattr(module, "ROWS", (1, 8))
         monkeypatch.setattr(module, "WIDTH", 512)
         monkeypatch.setattr(module, "WORKING_SET", 4 << 20)
         monkeypatch.setattr(module, "ATTENTION", (2, 2, 64, 32))
-    monkeypatch.setattr(hardware_probe, "BEYOND", 0)
+    monkeypatch.setattr(cpu_probe, "BEYOND", 0)
     monkeypatch.setattr(hardware_probe, "DRIVE_SECONDS", 0.03)
     monkeypatch.setattr(device_probe, "EXTENT_BYTES", 1 << 20)

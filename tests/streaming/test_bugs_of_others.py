@@ -19,9 +19,11 @@ import zinfer
 from tests import architectures
 from tests.device.test_arena import Gate
 from tests.device.test_lifted import on_thread, start, streamed
-from tests.streaming.test_attached import BUFFERS, MEMORY, finish, run_within, staged
+from tests.streaming.devices import BUFFERS, run_within
+from tests.streaming.test_attached import MEMORY, finish, staged
 from tests.streaming.test_exactness import IDS
 from zinfer.device.attached import AttachedDevice
+from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
 from zinfer.kv_offload.space import PAGE, Space
 
@@ -241,7 +243,9 @@ def test_host_memory_is_what_its_weights_take_and_not_the_next_power_of_two(fold
 
 
 def test_host_memory_of_caches_is_not_the_next_power_of_two_either():
-    space = Space(64 * PAGE, page_lock="off", current=nullcontext)
+    space = Space(
+        64 * PAGE, page_lock="off", current=nullcontext, page_locks=PageLocks(StagedProcessor(MEMORY))
+    )
     regions = [space.take(5 * PAGE), space.take(11 * PAGE)]
     assert all(region is not None for region in regions)
     assert space.capacity == 16 * PAGE

@@ -141,7 +141,7 @@ def test_each_copy_runs_while_an_operator_computes(tier, saved, sweeps, nothing_
         # Whatever lies where in it, the largest weight finds room beside another
         unsettle = model.zinfer._streaming.unsettle
         # A thread may hold what was read ahead for a moment
-        wait_until(lambda: coordinator.renew_memory([], [], [], 4 * largest, unsettle))
+        wait_until(lambda: coordinator.renew_memory([], [], [], 3 * largest, unsettle))
         sweeps.uses.clear()
         for _ in range(2):
             expected = model(IDS, use_cache=False).logits

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -205,7 +205,9 @@ class StagedProcessor:
             return []
         event = StagedEvent()
         tensor = self.over(block, start, nbytes)[0]
-        self._worker("fence").put(partial(self._retire, [tensor], self._sum(tensor), event))
+        # What a copy still writes to was dropped before anybody could read it: nothing to look at.
+        before = None if self._in_a_copy(tensor, "target") else self._sum(tensor)
+        self._worker("fence").put(partial(self._retire, [tensor], before, event))
         return [event]
 
     def let_go(self, block: Any, start: int, nbytes: int, streams: Sequence[Any]) -> None:
@@ -249,17 +251,20 @@ class StagedProcessor:
         self._sleep("fence")
         tensor = held.pop()
         self._look(tensor, before)
-        if before is not None and not self._read_by_a_copy(tensor):
+        if before is not None and not self._in_a_copy(tensor, "source"):
             tensor.fill_(POISON)
         del tensor
         event.reach()
 
-    def _read_by_a_copy(self, tensor: torch.Tensor) -> bool:
-        """Whether one from there has not run, of which the next holder is told apart from fences: see Lease.copied."""
+    def _in_a_copy(self, tensor: torch.Tensor, side: Literal["source", "target"]) -> bool:
+        """Whether a copy that has not run reads from it ("source") or writes to it.
+
+        Of the first the next holder is told apart from fences: see Lease.copied.
+        """
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         with self._lock:
             return any(
-                start < span.source + span.nbytes and span.source < end
+                start < getattr(span, side) + span.nbytes and getattr(span, side) < end
                 for event, spans in self._copying
                 if not event.done
                 for span in spans
