@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_slots_become_present_by_themselves_and_the_lowest_is_taken(slots):
     taken = [slots.take() for _ in range(4)]
     addresses = [address for _, address in taken]
     assert addresses == sorted(addresses)
-    assert [b - a for a, b in zip(addresses, addresses[1:], strict=False)] == [SIZE] * 3
+    assert [b - a for a, b in pairwise(addresses)] == [SIZE] * 3
     assert slots.take() is None
 
 
@@ -70,10 +71,12 @@ def test_what_is_not_allowed_goes_back_to_the_kernel_as_it_comes_free(slots):
 
 
 def test_nothing_is_left_where_nobody_closes():
-    made = Slots(2, SIZE)
-    until(lambda: made.present == 2)
-    pool = made.pool
-    del made
+    def dropped():
+        made = Slots(2, SIZE)
+        until(lambda: made.present == 2)
+        return made.pool
+
+    pool = dropped()
     gc.collect()
     until(lambda: not any(thread.name == "zinfer-touch" for thread in threading.enumerate()))
     assert pool.capacity == 2 * SIZE
