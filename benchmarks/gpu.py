@@ -23,11 +23,17 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from benchmarks import BenchmarkError
 from benchmarks.drive import Drive, drive_of
-from benchmarks.gpu_figures import Findings, decode_table, prefill_table, remarks, requirements
+from benchmarks.gpu_card import refuse_without_gpu
+from benchmarks.gpu_figures import (
+    Findings,
+    decode_table,
+    prefill_table,
+    remarks,
+    requirements,
+    tests_table,
+)
 from benchmarks.gpu_process import PartProcess, State, ends
 from benchmarks.gpu_tests import GpuTests, all_tests
 from benchmarks.report import RESULTS, Result, conclude, main_of
@@ -156,12 +162,12 @@ class Check:
         tests = None if self.options.without_tests else GpuTests(all_tests())
         try:
             making = self._start(path, "model", self._ends["model"])
-            failed = None if tests is None else tests.failed(self._ends["model"])
+            outcomes = None if tests is None else tests.outcomes(self._ends["model"])
             self._ended(path, "model", making)
         finally:
             if tests is not None:
                 tests.end()
-        self.found.tests = failed
+        self.found.tests = outcomes
         State(vars(self.options), self.found).save(path)
         for name in list(RESERVED)[1:]:
             self._run(path, name, self._ends[name])
@@ -205,11 +211,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run everything that there is time for; 0 when every requirement is met."""
     options = _parse(arguments)
     load = os.getloadavg()[0]
-    if not options.staged and not torch.cuda.is_available():
-        raise BenchmarkError(
-            f"no GPU: torch {torch.__version__} finds none here, so nothing was measured. Run this on a machine "
-            "with one, or try the benchmark itself with --staged"
-        )
+    if not options.staged:
+        refuse_without_gpu()
     os.makedirs(options.folder, exist_ok=True)
     check = Check(options)
     check.run()
@@ -227,7 +230,7 @@ def _result(check: Check, load: float) -> Result:
         "reads of the same files, before and after each."
     )
     notes = "\n".join(f"- {line}" for line in remarks(found))
-    texts = (introduction, decode_table(found), prefill_table(found), notes)
+    texts = (introduction, decode_table(found), prefill_table(found), tests_table(found), notes)
     plain = asdict(found)
     decoded = [{"from": "host", **part} for part in plain.pop("from_host")]
     return Result(

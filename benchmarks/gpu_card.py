@@ -131,6 +131,15 @@ class Card(ABC):
         return median(rates)
 
 
+def refuse_without_gpu() -> None:
+    """Raises BenchmarkError where torch finds no GPU."""
+    if not torch.cuda.is_available():
+        raise BenchmarkError(
+            f"no GPU: torch {torch.__version__} finds none here, so nothing was measured. Run this on a machine "
+            "with one, or try the benchmark itself with --staged"
+        )
+
+
 class CudaCard(Card):
     """The GPU that torch uses first. Raises BenchmarkError where there is none."""
 
@@ -140,11 +149,7 @@ class CudaCard(Card):
     most_bytes = 64e9
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise BenchmarkError(
-                f"no GPU: torch {torch.__version__} finds none here, so nothing was measured. Run this on a machine "
-                "with one, or try the benchmark itself with --staged"
-            )
+        refuse_without_gpu()
         # Before this process takes any of it: what is in use now is others'.
         self._nvml = nvml_counter(visible_device())
         self._others_by_nvml = self._nvml() if self._nvml is not None else 0

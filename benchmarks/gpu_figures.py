@@ -17,6 +17,7 @@ SHARE_BOUND = 0.95  # of a pinned copy's rate, and of the drive's
 IDLE_BOUND = 0.03  # of a streaming sweep
 PEAK_BOUND = 0.54  # of the card's matmul peak, in prefill; the paper's best on an A6000
 PLAN_BOUND = 1.05  # seconds a token over the planner's
+LATE = "not done when its time was over"  # how a process of tests ended
 TIMES_BUDGET = 3  # the model's bytes over the device's budget
 
 
@@ -139,6 +140,21 @@ class Memory:
     listed: int | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one process of tests: how many passed, failed, were skipped, and did not run.
+
+    `wrong`: how the process ended where that was not well.
+    """
+
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    not_run: int
+    wrong: str = ""
+
+
 @dataclass
 class Findings:
     """What was measured; None or empty where that was left out, or failed, as `failed` tells.
@@ -164,7 +180,7 @@ class Findings:
     prefills: list[Prefill] = field(default_factory=list)
     memory: Memory | None = None
     stress: Stress | None = None
-    tests: list[str] | None = None  # a line for each process of tests that failed
+    tests: list[Outcome] | None = None  # one for each process of them
     sanitizer: str = "it was not run"
     failed: list[str] = field(default_factory=list)
 
@@ -187,7 +203,13 @@ def requirements(found: Findings) -> list[Requirement]:
         Requirement("parts that failed or were left out", len(found.failed), 0, False),
     ]
     if found.tests is not None:
-        wanted.append(Requirement("GPU tests: processes that failed", len(found.tests), 0, False))
+        # A process that died is one that failed, even where none of its tests said so.
+        wrong = sum(
+            each.failed or bool(each.wrong and not each.wrong.startswith(LATE)) for each in found.tests
+        )
+        left = sum(each.not_run for each in found.tests)
+        wanted.append(Requirement("GPU tests that failed", wrong, 0, False))
+        wanted.append(Requirement("GPU tests that were not run", left, 0, False))
     alone = [each for part in found.from_host if part.batch == 1 for each in part.rounds]
     wanted += [
         Requirement(
@@ -301,6 +323,23 @@ def prefill_table(found: Findings) -> str:
     return table(["prefill", "s", "TFLOPS", "of the peak", "tokens/s"], rows) if rows else ""
 
 
+def tests_table(found: Findings) -> str:
+    """The tests, process by process, and all together."""
+    if not found.tests:
+        return ""
+    counts = [
+        (each.name, each.passed, each.failed, each.skipped, each.not_run)
+        for each in [*found.tests, _together(found.tests)]
+    ]
+    header = ["GPU tests", "passed", "failed", "skipped", "not run"]
+    return table(header, [[name, *map(str, numbers)] for name, *numbers in counts])
+
+
+def _together(tests: Sequence[Outcome]) -> Outcome:
+    sums = [sum(getattr(each, name) for each in tests) for name in ("passed", "failed", "skipped", "not_run")]
+    return Outcome("all", *sums)
+
+
 def remarks(found: Findings) -> list[str]:
     """What is not in a table, a line each."""
     lines = [f"Peak of bf16 products: {found.peak_flops / TERA:.4g} TFLOPS."]
@@ -321,6 +360,6 @@ def remarks(found: Findings) -> list[str]:
     lines.append(f"Sanitizer: {found.sanitizer}.")
     if found.tests is None:
         lines.append("The GPU tests were left out.")
-    lines += [f"Tests failed: {text}." for text in found.tests or ()]
+    lines += [f"Tests failed: {each.name}: {each.wrong}." for each in found.tests or () if each.wrong]
     lines += [f"Failed or left out: {text}." for text in found.failed]
     return lines

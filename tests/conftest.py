@@ -42,7 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave the tests out that are not in the share asked for."""
     if share := config.getoption("--share"):
         number, count = map(int, share.split("/"))
-        items[:] = items[number - 1 :: count]
+        mine = items[number - 1 :: count]
+        config.hook.pytest_deselected(
+            items=[item for place, item in enumerate(items) if place % count != number - 1]
+        )
+        items[:] = mine
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,12 @@ import torch
 from benchmarks import BenchmarkError, gpu, gpu_part, gpu_process, gpu_stress, gpu_tests
 from benchmarks.gpu_card import CudaCard, StagedCard, Watch, listed_bytes, nvml_counter, visible_device
 from benchmarks.gpu_figures import (
+    LATE,
     Bound,
     Decode,
     Findings,
     Memory,
+    Outcome,
     Prefill,
     Round,
     Stress,
@@ -27,6 +29,7 @@ from benchmarks.gpu_figures import (
     prefill_table,
     remarks,
     requirements,
+    tests_table,
 )
 from benchmarks.gpu_part import Part
 from benchmarks.gpu_process import PartProcess, State, ends, started
@@ -175,7 +178,9 @@ def test_every_requirement_has_its_figure():
     [
         ({"model_bytes": 29 * GB}, "model's bytes / device budget"),
         ({"failed": ["prefill: no"]}, "parts that failed or were left out"),
-        ({"tests": ["bfloat16: exit code 1"]}, "GPU tests: processes that failed"),
+        ({"tests": [Outcome("a", 3, 1, 0, 0, "exit code 1")]}, "GPU tests that failed"),
+        ({"tests": [Outcome("a", 0, 0, 0, 0, "exit code 4")]}, "GPU tests that failed"),
+        ({"tests": [Outcome("a", 3, 0, 0, 9, f"{LATE}: a::b")]}, "GPU tests that were not run"),
         ({"prefills": [Prefill(8, 512, 1e13, failed="no")]}, "prefill: flop a second / matmul peak"),
         ({"peak_flops": 0.0}, "prefill, batch 1: flop a second / matmul peak"),
         ({"memory": Memory(10 * GB, 11 * GB)}, "peak device memory by the driver / budget"),
@@ -414,15 +419,35 @@ def test_tests_that_fail_or_do_not_end_are_told(tmp_path, capsys):
     )
     path = str(tmp_path)
     tests = GpuTests([[[path, "-k", "good"], [path, "-k", "bad"]], [[path, "-k", "slow"]]])
-    bad, slow = tests.failed(time.monotonic() + 6)
+    good, bad, slow = tests.outcomes(time.monotonic() + 6)
     tests.end()
-    assert "bad: exit code 1: " in bad
+    assert (good.passed, good.failed, good.not_run, good.wrong) == (1, 0, 0, "")
+    assert (bad.passed, bad.failed, bad.not_run) == (0, 1, 0)
+    assert bad.wrong.startswith("exit code 1: ")
     assert "assert 1 == 2" in capsys.readouterr().err
-    assert "slow: not done when its time was over" in slow
+    assert (slow.passed, slow.failed, slow.not_run) == (0, 0, 1)
+    assert slow.wrong.startswith("not done when its time was over")
+    text = tests_table(findings(tests=[good, bad, slow]))
+    assert "| all | 1 | 1 | 0 | 1 |" in text
+    assert any("exit code 1" in line for line in remarks(findings(tests=[good, bad, slow])))
+
+
+def test_what_pytest_printed_of_tests_is_counted_to_the_last_line():
+    text = (
+        "collecting ... collected 9 items / 4 deselected / 5 selected\n\n"
+        "tests/a.py::test_one[x y] PASSED                [ 20%]\n"
+        "tests/a.py::test_two SKIPPED (no GPU: a::b PASSED) [ 40%]\n"
+        "tests/a.py::test_three PASSED [ 60%]\n"
+        "tests/a.py::test_three ERROR [ 60%]\n"
+        "tests/a.py::test_four "
+    )
+    assert gpu_tests.counted("a", text, "late") == Outcome("a", 1, 1, 1, 2, "late")
+    assert gpu_tests.counted("a", "no module", "exit code 4") == Outcome("a", 0, 0, 0, 0, "exit code 4")
+    assert gpu_tests.counted("a", "collected 1 item\na::b PASSED", "") == Outcome("a", 1, 0, 0, 0)
 
 
 def test_the_processes_of_tests_leave_no_file_out_and_none_is_run_twice():
-    shared, alone = gpu_tests.all_tests()
+    alone, shared = gpu_tests.all_tests()
     (path,) = {arguments[0] for arguments in shared}
     assert [arguments[-1] for arguments in shared] == [f"{n + 1}/{len(shared)}" for n in range(len(shared))]
     there = {str(each.relative_to(gpu_process.ROOT)) for each in gpu_process.ROOT.glob("tests/gpu/test_*.py")}
@@ -432,9 +457,11 @@ def test_the_processes_of_tests_leave_no_file_out_and_none_is_run_twice():
 def test_the_shares_of_the_tests_are_all_of_them():
     shares = []
     for number in (1, 2, 3):
-        items = list(range(10))
-        options = SimpleNamespace(getoption={"--share": f"{number}/3"}.get)
+        items, others = list(range(10)), []
+        hook = SimpleNamespace(pytest_deselected=lambda items, others=others: others.extend(items))
+        options = SimpleNamespace(getoption={"--share": f"{number}/3"}.get, hook=hook)
         conftest.pytest_collection_modifyitems(options, items)
+        assert sorted(items + others) == list(range(10)), "what pytest prints tells how many there are"
         shares.append(items)
     assert shares == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
 

@@ -9,7 +9,6 @@ from tests.gpu import on_gpu, test_gpu
 from tests.streaming.devices import Rounding
 
 MEMORY = 1 << 34
-TYPICAL = ("llama", "qwen3_moe", "t5")
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +28,9 @@ class WithoutLimit(Rounding):
         """See Processor."""
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.parametrize("name", test_gpu.TYPICAL)
 def test_mixes(name, saved):
-    test_gpu.test_every_mix_of_tiers_is_bit_equal(name, torch.bfloat16, saved)
+    test_gpu.assert_every_mix_is_bit_equal(name, torch.bfloat16, saved)
 
 
 def test_sweeps_with_poison(saved):
