@@ -25,13 +25,15 @@ CACHE_NAMES = ("past_key_values", "cache_params")  # what models call theirs, as
 class Pass:
     """One call of a model: `rows` sequences, `tokens` new positions in each, logits for the last `logits` of them.
 
-    `source`: positions that an encoder made, or will make, of each; 0 where there is none.
+    `source`: positions that an encoder made, or will make, of each; 0 where there is none. `masked`: some position is
+    padding, so that operators are given a mask for each pair of positions, which they are not of whole prompts.
     """
 
     rows: int
     tokens: int
     logits: int
     source: int = 0
+    masked: bool = False
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Pass | None:
@@ -48,7 +50,16 @@ class Pass:
         rows, tokens = shape
         kept = kwargs.get("logits_to_keep", 0)
         kept = kept if isinstance(kept, int) and 0 < kept < tokens else tokens
-        return cls(rows, tokens, kept, source[1] if source else 0)
+        mask = kwargs.get("decoder_attention_mask" if decoded else "attention_mask")
+        return cls(rows, tokens, kept, source[1] if source else 0, tokens > 1 and pads(mask))
+
+
+def pads(mask: Any) -> bool:
+    """Whether the attention mask `mask` leaves any position out, or is more than one value for each. May wait for it.
+
+    transformers asks the same before it makes masks, once a pass.
+    """
+    return isinstance(mask, torch.Tensor) and (mask.dim() != 2 or mask.is_meta or not bool(mask.all()))
 
 
 def _shape(*candidates: Any) -> tuple[int, int] | None:
@@ -204,18 +215,25 @@ def activation_bytes(config: Any, itemsize: int, coming: Pass, past: int = 0) ->
     Four tensors of the hidden size (residual, norm, attention in and out) and three of the intermediate size (gate,
     up, their product), for each new position, as transformers' decoder layers have it, and half as much again for
     what the allocator keeps. Several tokens after `past` positions attend with a mask for each pair of positions, once
-    as booleans and once as numbers, and to keys and values that are repeated for each head.
+    as booleans and once as numbers, and to keys and values that are repeated for each head; so do those of the first
+    pass where some are padding, or outside a sliding window. Eager attention does in any case, and has a score for each
+    pair and head: what its softmax takes, in 32 bits, and what it makes.
     """
     text = _text_config(config)
     hidden, intermediate, vocabulary = (
         _number(text, name) for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
     elements = coming.tokens * (4 * hidden + 3 * intermediate) + coming.logits * vocabulary
-    masks = 0
-    if past and coming.tokens > 1 and elements:
-        elements += 2 * hidden * (past + coming.tokens)
-        masks = coming.rows * coming.tokens * (past + coming.tokens) * (1 + itemsize)
-    return coming.rows * itemsize * elements * 3 // 2 + masks
+    heads, positions = _number(text, "num_attention_heads"), past + coming.tokens
+    eager = getattr(text, "_attn_implementation", None) == "eager" and heads > 0
+    slides = 0 < _number(text, "sliding_window") < positions
+    pairs = coming.rows * coming.tokens * positions
+    of_pairs = 0
+    if elements and (eager or (coming.tokens > 1 and (past or coming.masked or slides))):
+        elements += 2 * hidden * positions
+        of_pairs = pairs * (1 + itemsize) if coming.tokens > 1 else 0
+        of_pairs += pairs * heads * max(2 * itemsize, itemsize + 8) if eager else 0
+    return coming.rows * itemsize * elements * 3 // 2 + of_pairs
 
 
 def prefills_in_chunks(config: Any) -> bool:

@@ -17,6 +17,7 @@ from zinfer.kv_cache import (
     activation_bytes,
     cache_growth,
     growth_where_computed,
+    pads,
     prefills_in_chunks,
 )
 from zinfer.kv_offload.lane import working_bytes
@@ -76,7 +77,7 @@ class Prefill:
         tokens = length if mask is not None and mask.shape[1] != length else length - past
         kept = 1 if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 1 else 0
         longest = past + tokens + max(0, (settings.max_length or 0) - length - 1)
-        needs = partial(self._needs, rows, tokens, past, kept)
+        needs = partial(self._needs, rows, tokens, past, kept, tokens > 1 and pads(mask))
         if tokens < 2 or not needs(tokens):
             return None
         room = self._room(cache, rows, longest - past)
@@ -108,10 +109,11 @@ class Prefill:
             and not details
         )
 
-    def _needs(self, rows: int, whole: int, past: int, kept: int, tokens: int) -> int:
+    def _needs(self, rows: int, whole: int, past: int, kept: int, masked: bool, tokens: int) -> int:
         """Bytes besides weights and caches for the last chunk of `tokens`, where a prompt has `whole`."""
         before = past + whole - tokens
-        return activation_bytes(self._config, self._itemsize, Pass(rows, tokens, kept or tokens), before)
+        coming = Pass(rows, tokens, kept or tokens, masked=masked)
+        return activation_bytes(self._config, self._itemsize, coming, before)
 
     def _room(self, cache: Any, rows: int, tokens: int) -> int:
         """Bytes for activations where `tokens` positions more are cached and as few weights as possible are there."""

@@ -10,7 +10,7 @@ import transformers
 
 import zinfer
 from tests import architectures
-from tests.planner.machines import cpu, gpu
+from tests.planner.machines import cpu, gpu, measure_quickly
 from tests.streaming.devices import (
     CHUNKING,
     MIB,
@@ -25,7 +25,7 @@ from tests.streaming.devices import (
     run_within,
 )
 from tests.streaming.test_attached import finish, staged
-from zinfer import BudgetError, budgets
+from zinfer import BudgetError, budgets, residency
 from zinfer.kv_cache import Pass, activation_bytes, prefills_in_chunks
 from zinfer.pass_recorder import Recorder
 from zinfer.planner.chunks import SMALLEST_CHUNK, chunks_of
@@ -213,20 +213,62 @@ def test_what_encodes_positions_by_their_number_or_looks_ahead_is_not_cut():
     assert not prefills_in_chunks(transformers.Qwen3NextConfig())
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunk", [PROMPT, 96])
-def test_a_pass_takes_no_more_than_is_foreseen(chunk, llama, ids):
-    _, reference = llama
+def test_a_pass_takes_no_more_than_is_foreseen(chunk, attention, padded, llama, ids):
+    """Nor far less: what is foreseen in vain makes weights leave, and chunks smaller."""
+    reference = transformers.LlamaForCausalLM.from_pretrained(llama[0], attn_implementation=attention).eval()
     weights = {p.untyped_storage()._cdata: i for i, p in enumerate(reference.parameters())}
     cache = transformers.DynamicCache(config=reference.config)
     mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :3] = 0
     with torch.no_grad(), Recorder(weights, on_demand=False) as recorder:
         for start in range(0, PROMPT, chunk):
             end = start + chunk
             inputs = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "logits_to_keep": 1}
             reference(**inputs, past_key_values=cache, use_cache=True)
     cached = 2 * 4 * 4 * 32 * 4 * PROMPTS * PROMPT
-    foreseen = activation_bytes(reference.config, 4, Pass(PROMPTS, chunk, 1), PROMPT - chunk)
-    assert cached < recorder.peak <= cached + foreseen
+    coming = Pass.of({"input_ids": ids[:, -chunk:], "attention_mask": mask, "logits_to_keep": 1})
+    assert coming == Pass(PROMPTS, chunk, 1, masked=padded)
+    foreseen = activation_bytes(reference.config, 4, coming, PROMPT - chunk)
+    assert cached + foreseen / 3 < recorder.peak <= cached + foreseen
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_plan_foresees_the_activations_that_a_run_does(attention, llama, ids, monkeypatch):
+    folder, _ = llama
+    foreseen = []
+
+    def noted(*args):
+        foreseen.append(activation_bytes(*args))
+        return foreseen[-1]
+
+    measure_quickly(monkeypatch)
+    monkeypatch.setattr(residency, "activation_bytes", noted)
+    processor, budget = staged(), {0: 512 * MIB, "cpu": 64 * MIB}
+    with zinfer.run(
+        folder, device=processor, max_memory=budget, attn_implementation=attention, offload="nvme"
+    ) as model:
+        model.generate(ids, **SETTINGS)
+    options = {"prompt": PROMPT, "batch": PROMPTS, "new_tokens": NEW, "attn_implementation": attention}
+    plan = zinfer.plan(folder, device=staged(), max_memory=budget, offload="nvme", **options)
+    assert plan.activation_bytes == foreseen[0]
+    scores = 2 * 4 * 8 * PROMPTS * PROMPT * PROMPT
+    assert (foreseen[0] > scores) == (attention == "eager")
+
+
+def test_a_padded_prompt_counts_its_masks():
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    ids = torch.ones(3, 100, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    whole = activation_bytes(config, 4, Pass.of({"input_ids": ids, "attention_mask": mask}))
+    mask[0, :2] = 0
+    padded = activation_bytes(config, 4, Pass.of({"input_ids": ids, "attention_mask": mask}))
+    assert padded - whole >= 3 * 100 * 100 * 5
+    config.sliding_window = 64
+    assert activation_bytes(config, 4, Pass(3, 100, 100)) == padded
 
 
 def plans_and_runs(folder, reference, hardware, budget, prompt, **options):
