@@ -15,12 +15,13 @@ import torch
 from zinfer.device.arena import Arena, Lease
 from zinfer.device.copies import Copies
 from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of
+from zinfer.device.host import Host, flagged
 from zinfer.device.lifted import LiftedFetch
-from zinfer.device.moved import Moved
+from zinfer.device.moved import Moved, Spare
 from zinfer.device.page_locks import PageLocks
 from zinfer.device.processor import ALIGNMENT, Event, Processor
 from zinfer.device.refusals import Refusals
+from zinfer.device.rows import Rows
 from zinfer.device.streams import Streams
 from zinfer.errors import BudgetError, OutOfMemoryError
 from zinfer.pinned import Pool
@@ -33,6 +34,7 @@ from zinfer.weights.weight import Weight
 logger = logging.getLogger("zinfer")
 
 MEMORY = "host memory"  # what the report calls it
+WHOLE_SHARE = 4  # of a table in host memory: where more than this part is looked up, all of it is copied
 
 
 def device_layout(weight: Weight, *, residues: bool) -> Layout:
@@ -46,7 +48,7 @@ class AttachedDevice(Host):
     Tiers: a weight that `wants_residence` comes to stay on the device; one in `on_host` stays in a page-locked place
     in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
     and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
-    A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
+    A weight that has to leave the device stays in host memory from its next use on, as far as what is `spare` goes.
     Any thread may call any method.
     """
 
@@ -61,7 +63,7 @@ class AttachedDevice(Host):
         device_window: int,
         bounce: int,
         *,
-        spare: int = 0,
+        spare: Spare | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.processor = processor
@@ -76,7 +78,10 @@ class AttachedDevice(Host):
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
+        spare = spare or Spare(0)
+        self.spare_bytes = spare.nbytes  # of the host's, for weights that leave the device
         self._moved = Moved(processor, spare, self._kept, lock)
+        self._rows = Rows(processor, lock)
         with processor.current():  # memory is page-locked through it
             super().__init__(paths, on_host, host_window, bounce, page_lock=lock, recorder=recorder)
         try:
@@ -92,7 +97,12 @@ class AttachedDevice(Host):
     @property
     def fallbacks(self) -> list[str]:
         """As Host.fallbacks."""
-        return [*super().fallbacks, *self.page_locks.notes, *self._refusals.notes]
+        return [
+            *super().fallbacks,
+            *self.page_locks.notes,
+            *self._refusals.notes,
+            *self._moved.notes,
+        ]
 
     @property
     def pools(self) -> list[Pool]:
@@ -129,6 +139,7 @@ class AttachedDevice(Host):
             self._arena.close()
         self._kept.clear()
         self._moved.close()
+        self._rows.close()
         self.processor.close()
 
     def release(self, weight: Weight) -> None:
@@ -282,15 +293,42 @@ class AttachedDevice(Host):
         )
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """As Host.read_rows, on the device."""
+        """As Host.read_rows, on the device; of a table in host memory all rows, where many are asked for.
+
+        Nobody waits for the copies: they are followed on the device.
+        """
         if self._moved.pool(weight) is not None:
             self.bring(weight)
-        kept = self._kept.get(weight)
+        kept, source, residue = self._kept.get(weight), weight.row_source, self._row_residue(weight, rows)
+        if kept is None or source is None or not source.nbytes:
+            found = self._rows.copied(super().read_rows(weight, rows), residue)
+            return flagged(found, weight.requires_grad)
+        many = len(rows) > max(1, source.shape[0] // WHOLE_SHARE)
+        table = self._table(weight, kept) if many and weight.placed is not None else None
+        if table is not None:
+            return table
+        found = self._rows.gathered(kept, weight.layout.starts[0], source, rows, residue)
+        with torch.inference_mode(False), torch.no_grad():
+            return flagged(found.to(weight.dtype), weight.requires_grad)
+
+    def _row_residue(self, weight: Weight, rows: list[int]) -> int:
+        """One row stands at the same address modulo ALIGNMENT as `weight[i]` of a weight on the device."""
         placed = weight.placed
-        if kept is not None and placed is not None:
-            table = view_of(kept, weight.layout.starts[0], placed)
-            return flagged(table[torch.tensor(rows)].to(self.torch_device), weight.requires_grad)
-        return flagged(super().read_rows(weight, rows).to(self.torch_device), weight.requires_grad)
+        if placed is None or len(rows) != 1:
+            return 0
+        at = self._layout(weight).starts[0] + rows[0] * (placed.nbytes // placed.shape[0])
+        return 0 if at % placed.dtype.itemsize else at % ALIGNMENT
+
+    def _table(self, weight: Weight, kept: Any) -> torch.Tensor | None:
+        """All of `weight`, which lies in `kept`, in the device's window; None where that has no room now."""
+        arena, nbytes = self._arena, self._layout(weight).nbytes
+        lease = arena.acquire(nbytes) if arena is not None and nbytes <= arena.capacity else None
+        if lease is None:
+            return None
+        event, sources = self._start_copy(weight, self._pool_of(weight), False, kept, lease, True)
+        self._copying(event, sources)
+        self._follow(event, lease, None)
+        return self._tensor_of(weight, lease, False)[0]
 
     def _layout(self, weight: Weight) -> Layout:
         layout = self._layouts.get(weight)

@@ -31,7 +31,7 @@ class WeightSource(Protocol):
         ...
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
+        """Rows `rows` (ascending, distinct) along the first dimension, stacked; of several, perhaps all there are."""
         ...
 
     def done(self, weight: Weight) -> None:
@@ -320,7 +320,7 @@ def _no_bytes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those."""
+    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those, or in all of them."""
     ids = args[0] if args else kwargs["input"]
     parameter = args[1] if len(args) > 1 else kwargs["weight"]
     max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
@@ -335,7 +335,8 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     rows = distinct.tolist()
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:
         raise IndexError(f"token id {rows[0] if rows[0] < 0 else rows[-1]} outside 0..{weight.shape[0] - 1}")
-    return F.embedding(positions, parameter.source.rows(weight, rows))
+    table = parameter.source.rows(weight, rows)
+    return F.embedding(positions if table.shape[0] == len(rows) else _real(ids), table)
 
 
 def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
