@@ -61,7 +61,7 @@ FULL: dict[str, Any] = {
 TINY: dict[str, Any] = FULL | {
     "hidden": 256,
     "intermediate": 688,
-    "layers": 8,
+    "layers": 6,
     "vocabulary": 512,
     "device_memory": "3MiB",
     "drive_device_memory": "2MiB",
@@ -73,7 +73,7 @@ TINY: dict[str, Any] = FULL | {
     "rounds": 2,
     "tokens": 2,
     "sweeps": 20,
-    "seconds": 0.02,
+    "seconds": 0.01,
 }
 HELP = {
     "device_memory": "zinfer's max_memory[0], less than a third of the model",

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import BenchmarkError, gpu, gpu_part, gpu_process, gpu_stress, gpu_tests
+from benchmarks import BenchmarkError, gpu, gpu_part, gpu_process, gpu_runs, gpu_stress, gpu_tests
 from benchmarks.gpu_card import CudaCard, StagedCard, Watch, listed_bytes, nvml_counter, visible_device
 from benchmarks.gpu_figures import (
     LATE,
@@ -85,8 +85,12 @@ class Inside:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """What zinfer measures of this machine takes next to no time."""
+    """What zinfer, and the benchmark, measure of this machine takes next to no time."""
     measure_quickly(monkeypatch)
+    monkeypatch.setattr(gpu_runs, "MEMORY", 8 << 20)
+    monkeypatch.setattr(gpu_runs, "ROWS", (1, 16, 64))
+    monkeypatch.setattr(gpu_runs, "PEAK_ROWS", 256)
+    monkeypatch.setattr(gpu_runs, "QUIET", 0.03)
 
 
 def test_the_whole_runs_on_the_staged_device(tmp_path, capsys, monkeypatch, quick):
