@@ -47,7 +47,7 @@ def compile_program(
         ours = [*flags, *([f"-DZINFER_HAS_LIBURING={int(uring)}"] * (source.parent.name == "aio"))]
         target = objects / f"{source.parent.name}-{source.stem}-{digest(ours)}.o"
         if not target.exists():
-            part = target.with_suffix(".part")
+            part = target.with_suffix(f".{os.getpid()}")  # another process may be at it
             subprocess.run([COMPILER, *ours, "-c", str(source), "-o", str(part)], check=True, timeout=120)
             part.rename(target)
         return str(target)
@@ -55,11 +55,14 @@ def compile_program(
     wanted = [source for source in sources if source.name not in skipped]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = list(pool.map(compile_one, [*wanted, ROOT / f"tests/native/{name}.cpp"]))
-    program = objects / f"{name}-{digest([*flags, *links])}"
+    program = objects / f"{name}-{digest([*flags, *links, str(uring)])}"
     libraries = ["-ldl", *(["-luring"] if uring else [])]
-    subprocess.run(
-        [COMPILER, *flags, *links, *compiled, "-o", str(program), *libraries], check=True, timeout=120
-    )
+    if not program.exists():
+        part = program.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [COMPILER, *flags, *links, *compiled, "-o", str(part), *libraries], check=True, timeout=120
+        )
+        part.rename(program)
     return program
 
 

@@ -14,7 +14,7 @@ SHAPES = ("fifo", "nearly fifo", "uniform", "threads")
 def figures(objects, pytestconfig):
     """What the program printed: shape -> name -> number. It fails by itself for overlaps and lost bytes."""
     operations = pytestconfig.getoption("--pool-operations")
-    program = compile_program("pool_soak", PINNED, objects, ["-O2", "-g"], uring=False)
+    program = compile_program("pool_soak", PINNED, objects, ["-O1", "-g"], uring=False)
     command = [str(program), str(operations), str(operations % 1000)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
