@@ -32,7 +32,7 @@ from benchmarks.gpu_figures import (
     prefill_table,
     remarks,
     requirements,
-    tests_table,
+    table_of_tests,
 )
 from benchmarks.gpu_process import PartProcess, State, ends
 from benchmarks.gpu_tests import GpuTests, all_tests
@@ -230,7 +230,7 @@ def _result(check: Check, load: float) -> Result:
         "reads of the same files, before and after each."
     )
     notes = "\n".join(f"- {line}" for line in remarks(found))
-    texts = (introduction, decode_table(found), prefill_table(found), tests_table(found), notes)
+    texts = (introduction, decode_table(found), prefill_table(found), table_of_tests(found), notes)
     plain = asdict(found)
     decoded = [{"from": "host", **part} for part in plain.pop("from_host")]
     return Result(

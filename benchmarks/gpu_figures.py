@@ -323,7 +323,7 @@ def prefill_table(found: Findings) -> str:
     return table(["prefill", "s", "TFLOPS", "of the peak", "tokens/s"], rows) if rows else ""
 
 
-def tests_table(found: Findings) -> str:
+def table_of_tests(found: Findings) -> str:
     """The tests, process by process, and all together."""
     if not found.tests:
         return ""

@@ -29,7 +29,7 @@ from benchmarks.gpu_figures import (
     prefill_table,
     remarks,
     requirements,
-    tests_table,
+    table_of_tests,
 )
 from benchmarks.gpu_part import Part
 from benchmarks.gpu_process import PartProcess, State, ends, started
@@ -431,7 +431,7 @@ def test_tests_that_fail_or_do_not_end_are_told(tmp_path, capsys):
     assert "assert 1 == 2" in capsys.readouterr().err
     assert (slow.passed, slow.failed, slow.not_run) == (0, 0, 1)
     assert slow.wrong.startswith("not done when its time was over")
-    text = tests_table(findings(tests=[good, bad, slow]))
+    text = table_of_tests(findings(tests=[good, bad, slow]))
     assert "| all | 1 | 1 | 0 | 1 |" in text
     assert any("exit code 1" in line for line in remarks(findings(tests=[good, bad, slow])))
 
