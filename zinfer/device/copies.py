@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zinfer")
 
+# Of torch, its device and the system. Whoever asks for the weight meets them again.
+FAULTS = (RuntimeError, OSError, MemoryError)
+
 LOOK_EVERY = 0.002  # seconds that what came later waits at most for a read that has not landed
 
 
@@ -109,7 +112,7 @@ class Copies:
             fetch.issue(urgent=False)
         except ZinferError:
             pass  # whoever asks for the weight will be told
-        except Exception:
+        except FAULTS:
             logger.exception("a copy of %r could not be started", fetch.weight.name)
         return True
 
@@ -125,7 +128,7 @@ class Copies:
             self._on_room()
         except ZinferError:
             pass  # a read ahead that cannot be made: whoever asks for the weight will be told
-        except Exception:
+        except FAULTS:
             logger.exception("reading ahead failed")
 
 
