@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zinfer.budgets import device_budget, place_on_host, tiers_within
+from zinfer.budgets import CACHE_SHARE, device_budget, place_on_host, tiers_within
 from zinfer.device.attached import AttachedDevice
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.device import Device
+from zinfer.device.moved import Spare
 from zinfer.device.processor import Processor
 from zinfer.parts import Account, Held, Parts, PartsOnDevice
 from zinfer.planner.placement import Footprint, Placement
@@ -88,7 +89,7 @@ def open_attached(
         tiers.device_window,
         parts.bounce,
         limit=budget,
-        spare=0 if target.kv_offload else max(parts.budget - planned, 0),  # caches are to have it
+        spare=_spare(parts, parts.budget - planned, tiers.device, target),
         recorder=recorder,
     )
     placement = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
@@ -114,3 +115,14 @@ def open_attached(
         key="cpu",
     )
     return Opened(device, there.footprints, placement, on_device, on_host)
+
+
+def _spare(parts: Parts, left: int, on_device: frozenset[int], target: Target) -> Spare:
+    """What weights that leave the device can have of the `left` bytes of the host's budget.
+
+    Where caches go to host memory, those keep their part of the budget, and all that no weight could ever ask for.
+    """
+    if not target.kv_offload:
+        return Spare(left)
+    most = sum(parts.weights[index].layout.nbytes for index in on_device)
+    return Spare(min(left - parts.budget // CACHE_SHARE, most), CACHE_SHARE)

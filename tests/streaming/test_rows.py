@@ -135,7 +135,7 @@ def test_a_table_that_the_device_has_no_memory_for_goes_on_by_its_rows(saved, no
     (table,) = (weight for weight in model.zinfer._streaming.weights if weight.rows_only)
     device = model.zinfer._streaming.coordinator.device
     own_memory = device._own_memory
-    nbytes = device._layout(table).nbytes
+    nbytes = device._assembly.layout(table).nbytes
     refused: list[int] = []
 
     def none_for_the_table(size: int):

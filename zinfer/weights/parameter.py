@@ -32,7 +32,7 @@ class WeightSource(Protocol):
         ...
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
+        """Rows `rows` (ascending, distinct) along the first dimension, stacked; of several, perhaps all there are."""
         ...
 
     def settled(self, weight: Weight) -> torch.Tensor | None:
@@ -323,7 +323,7 @@ def _no_bytes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those; or all, to stay."""
+    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those, or in all of them."""
     ids = args[0] if args else kwargs["input"]
     parameter = args[1] if len(args) > 1 else kwargs["weight"]
     max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
@@ -339,9 +339,9 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:
         raise IndexError(f"token id {rows[0] if rows[0] < 0 else rows[-1]} outside 0..{weight.shape[0] - 1}")
     table = parameter.source.settled(weight)
-    if table is not None:
-        return F.embedding(_real(ids), table)
-    return F.embedding(positions, parameter.source.rows(weight, rows))
+    if table is None:
+        table = parameter.source.rows(weight, rows)
+    return F.embedding(positions if table.shape[0] == len(rows) else _real(ids), table)
 
 
 def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
