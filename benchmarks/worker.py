@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from benchmarks.spans import Clock, Phase
 from benchmarks.tools import Session
 
 UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause; those in which a tool settles come on top
+VARIED_IDS = 30_000  # ids that are drawn lie below this
 SETTLED_SECONDS = 0.2  # without a byte read and next to no CPU used, the tool's look-ahead has come to rest
 SETTLED_CPU = 0.1  # cores
 SETTLE_LIMIT = 20.0
@@ -46,7 +48,8 @@ class Task:
     of the weights. `max_memory`: zinfer's budget in bytes, None for its default. `probe_seconds`: how long the
     parent measures the drive, before and after the counted tokens; 0: not at all. `probe_bytes`: memory that it
     reads into when it measures a second time; 0: no second time. `settling`: tokens between prefill and pause, in which
-    residents come to stay.
+    residents come to stay. `varied`: each step is fed ids that were drawn, not those that were found: with random
+    weights a greedy model repeats one. `uniform_routing`: the experts of each token and layer are drawn, each alike.
     """
 
     tool: str
@@ -62,6 +65,8 @@ class Task:
     probe_seconds: float = 1.0
     probe_bytes: int = 0
     settling: int = 0
+    varied: bool = False
+    uniform_routing: bool = False
 
     @property
     def rows(self) -> list[list[int]]:
@@ -92,6 +97,7 @@ class Outcome:
     the parent. `engine_first_token` is the tool's own count of bytes for `first_token`, `resident` is weights in
     memory for good (zinfer only), `resident_each` the same after each token from the first pause on. `rested` is from
     the end of the first pause to the rest before the second, when the tool had read ahead what `read_ahead` says.
+    `counts`: the tool's own, before and after the counted tokens.
     """
 
     tool: str
@@ -111,6 +117,7 @@ class Outcome:
     resident_each: list[int | None] = field(default_factory=list)
     rested: Phase | None = None
     read_ahead: list[int | None] = field(default_factory=list)
+    counts: list[dict[str, float] | None] = field(default_factory=list)
     engine_first_token: int | None = None
     report: dict[str, Any] | None = None
 
@@ -189,10 +196,12 @@ def work(task: Task, drive: Drive, out: str) -> Outcome:
 
 
 def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, outcome: Outcome) -> None:
+    dice = random.Random(task.batch)
+
     def step(rows: list[list[int]]) -> list[list[int]]:
         found = session.step(rows)
         outcome.tokens += found
-        return [[token] for token in found]
+        return [[dice.randrange(VARIED_IDS) if task.varied else token] for token in found]
 
     last = step(task.rows)
     outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
@@ -208,6 +217,7 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
     outcome.read_ahead.append(session.read_ahead)
     last = step(last)
     outcome.resident_each.append(session.resident)
+    outcome.counts.append(session.counts)
     whole = Clock(clock.drive)
     for _ in range(task.new_tokens - UNCOUNTED - task.settling):
         clock.restart()
@@ -215,6 +225,7 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
         outcome.tokens_each.append(clock.span())
         outcome.resident_each.append(session.resident)
     outcome.decode = whole.span()
+    outcome.counts.append(session.counts)
     if pauses:
         pauses.rest()
     outcome.rested = rested.span()

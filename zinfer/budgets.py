@@ -12,12 +12,14 @@ from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
 from zinfer.parts import Held, Parts, PartsOnDevice, least_budget
 from zinfer.planner.memory import free_memory, total_memory
-from zinfer.planner.placement import Placement, place
+from zinfer.planner.placement import Placement, place, smallest
 from zinfer.planner.tiers import Tiers, place_on_tiers
 
 logger = logging.getLogger("zinfer")
 
 CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
+EXPERTS_AT_ONCE = 16  # for so many there is room even where weights of every token have to stream
+EXPERT_SHARE = 4  # ... if they take no more than this part of what weights may take
 HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
 HEADROOM_SHARE = (
     16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
@@ -82,9 +84,19 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
             f"{needed} bytes{remedy}{_shortage(needed)}",
             needed,
         )
-    return (
-        place(parts.footprints, budget - parts.fixed) if parts.footprints else Placement(frozenset(), 0, 0, 0)
-    )
+    if not parts.footprints:
+        return Placement(frozenset(), 0, 0, 0)
+    available = budget - parts.fixed
+    return place(parts.footprints, available - expert_reserve(parts, available))
+
+
+def expert_reserve(parts: Parts, available: int) -> int:
+    """Bytes of `available` that are kept for experts that are read one by one, before other weights are placed.
+
+    Few: what every token needs comes first, an expert's memory pays only when the router picks it again.
+    """
+    wanted = min(EXPERTS_AT_ONCE * parts.largest_expert, parts.expert_bytes, available // EXPERT_SHARE)
+    return max(parts.largest_expert, min(wanted, available - smallest(parts.footprints)))
 
 
 def tiers_within(

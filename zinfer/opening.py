@@ -11,6 +11,7 @@ from zinfer.device.cpu import CpuDevice
 from zinfer.device.device import Device
 from zinfer.device.moved import Spare
 from zinfer.device.processor import Processor
+from zinfer.experts.cache import ExpertCache
 from zinfer.parts import Account, Held, Parts, PartsOnDevice
 from zinfer.planner.placement import Footprint, Placement
 from zinfer.timeline.recorder import Recorder
@@ -38,6 +39,7 @@ class Opened:
     placement: Placement
     account: Account
     host: Account | None = None
+    experts: ExpertCache | None = None
 
 
 def open_cpu(
@@ -49,6 +51,9 @@ def open_cpu(
         parts.weights[index].wants_residence = True
     residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
     in_memory = offload in ("cpu", "none")
+    slots = 0
+    if parts.layers:
+        slots = parts.expert_slots(parts.budget - parts.fixed - placement.total_bytes)
     device = CpuDevice(
         paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
     )
@@ -61,8 +66,12 @@ def open_cpu(
         small=parts.small_bytes,
         bounce=parts.bounce,
         key="cpu",
+        experts=slots * parts.largest_expert,
     )
-    return Opened(device, parts.footprints, placement, account)
+    cache = None
+    if slots:
+        cache = ExpertCache(device, [layer for layer, _ in parts.layers], slots, parts.largest_expert)
+    return Opened(device, parts.footprints, placement, account, experts=cache)
 
 
 def open_attached(

@@ -14,11 +14,12 @@ from zinfer.device.choose import processor_for
 from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
+from zinfer.experts.forward import can_stream_experts, streams_experts, use_streamed_experts
 from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
-from zinfer.parts import Held, Parts, gather
+from zinfer.parts import Held, Parts, gather, is_sliced
 from zinfer.plan_task import Attached, Task
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.chunks import chunks_of
@@ -137,9 +138,14 @@ def _planned(
 ) -> Plan:
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
     held = gather(outline.model)
+    by_expert = streams_experts(outline.experts_asked, offload, attached=machine.has_device)
+    by_expert = by_expert and can_stream_experts(outline.model) and any(map(is_sliced, held))
+    if by_expert:
+        use_streamed_experts(outline.model)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
     foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
     task = Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)
+    task.by_expert = by_expert
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 
@@ -181,6 +187,13 @@ def _plan(
     host = frozenset(of_weight[i] for i in tiers.host)
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
+    expert_bytes, hit_rate = task.expert_slots * parts.largest_expert, None
+    if parts.layers:
+        sliced = {
+            index for index, weight in zip(of_weight, parts.weights, strict=True) if weight.slices is not None
+        }
+        hit_rate = task.expert_slots / sum(layer.count for layer, _ in parts.layers)
+        decode = _with_hits(decode, sliced, hit_rate)
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
     chunk = task.chunk(batch)
     chunks = chunks_of(prompt, chunk)
@@ -235,11 +248,13 @@ def _plan(
         cache_bytes=work.cache_bytes,
         activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
-        read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
+        read_bytes=round(moved_bytes(decode.asks, sizes, device | host)),
         pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
         **times(bounds, first, batch, new_tokens),
         prefill_chunk=chunk,
         largest_batch=largest,
+        expert_bytes=expert_bytes,
+        expert_hit_rate=hit_rate,
         notes=tuple(notes),
         sources=dict(hardware.sources),
         tiers={
@@ -247,6 +262,12 @@ def _plan(
             for i, weight in enumerate(parts.weights)
         },
     )
+
+
+def _with_hits(work: PassWork, sliced: set[int], hit_rate: float) -> PassWork:
+    """`work` where that share of the experts that it asks for, in the weights `sliced`, is in memory already."""
+    asks = tuple((index, share * (1 - hit_rate) if index in sliced else share) for index, share in work.asks)
+    return PassWork(work.operators, asks)
 
 
 def _prefill_bounds(first: Bounds, later: Bounds, decode: Bounds, chunks: int) -> Bounds:

@@ -41,6 +41,34 @@ class DeviceFigures:
 
 
 @dataclass(frozen=True)
+class ExpertFigures:
+    """Experts that are read one by one. `hits` were there when a router picked them, `misses` were read: `read_bytes`.
+
+    `limit_bytes` is what they may take now, `cached_bytes` what the `cached` experts of `experts` in all do.
+    `wait_seconds`: operators' threads, until one had landed.
+    """
+
+    limit_bytes: int
+    cached_bytes: int
+    cached: int
+    experts: int
+    hits: int
+    misses: int
+    read_bytes: int
+    wait_seconds: float
+
+    def __str__(self) -> str:
+        picked = self.hits + self.misses
+        share = (
+            f"{100 * self.hits / picked:.0f} % of {picked} were there" if picked else "none was picked yet"
+        )
+        return (
+            f"{self.cached} of {self.experts} in {_size(self.cached_bytes)} (at most {_size(self.limit_bytes)}); "
+            f"{share}, {_size(self.read_bytes)} read for the others; {self.wait_seconds:.2f} s blocked"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
@@ -56,8 +84,9 @@ class Report:
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
     None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `shortages`: how
-    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read. `device`:
-    where another device than the CPU computes, its memory; the sizes above are then the host's.
+    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read;
+    `busy_seconds`: how long reads were in flight, averaged over them. `device`: where another device than the CPU
+    computes, its memory; the sizes above are then the host's. `experts`: those of a mixture that are read one by one.
     """
 
     model: str
@@ -81,6 +110,7 @@ class Report:
     bytes_written: int
     requests: int
     retries: int
+    busy_seconds: float
     sweeps: int
     first_sweep_seconds: float | None
     sweep_seconds: float | None
@@ -104,6 +134,7 @@ class Report:
     shortages: int
     fallbacks: tuple[str, ...]
     device: DeviceFigures | None = None
+    experts: ExpertFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as a dict of plain values, for programs."""
@@ -126,6 +157,7 @@ class Report:
             *([("device", str(self.device))] if self.device is not None else []),
             ("pool", self._pool()),
             ("resident", f"{_size(self.resident_bytes)} of the model are in {where}memory now"),
+            *([("experts", str(self.experts))] if self.experts is not None else []),
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
             *(("predicted", text) for text in self._predicted()),

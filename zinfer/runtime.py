@@ -17,7 +17,7 @@ from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
 from zinfer.prefill import Prefill
 from zinfer.relief import Relief
-from zinfer.report import DeviceFigures, Report
+from zinfer.report import DeviceFigures, ExpertFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -101,6 +101,7 @@ class Runtime:
             bytes_written=self._bytes_written,
             requests=stats["requests"],
             retries=stats["retries"],
+            busy_seconds=stats["busy_seconds"] / max(1, len(drives.settings)),
             sweeps=self._log.begun,
             first_sweep_seconds=self._log.first_seconds,
             sweep_seconds=steady.sweep_seconds,
@@ -124,6 +125,23 @@ class Runtime:
             shortages=self._relief.count,
             fallbacks=self._fallbacks(),
             device=self._device_figures(),
+            experts=self._expert_figures(),
+        )
+
+    def _expert_figures(self) -> ExpertFigures | None:
+        cache = self._streaming.experts
+        if cache is None:
+            return None
+        counters = cache.counters
+        return ExpertFigures(
+            limit_bytes=cache.limit,
+            cached_bytes=cache.count * cache.slot_bytes,
+            cached=cache.count,
+            experts=self._streaming.expert_count,
+            hits=counters.hits,
+            misses=counters.misses,
+            read_bytes=counters.read_bytes,
+            wait_seconds=counters.wait_seconds,
         )
 
     def _device_figures(self) -> DeviceFigures | None:
@@ -221,6 +239,8 @@ class Runtime:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
         if self.caches is not None:
             self.caches.close()
+        if self._streaming.experts is not None:
+            self._streaming.experts.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:

@@ -36,6 +36,11 @@ class Session(ABC):
         """Bytes of weights read, or on their way, for operators still to come; None where it does not tell."""
         return None
 
+    @property
+    def counts(self) -> dict[str, float] | None:
+        """What the tool has counted so far, as a benchmark of its own wants it; None where it does not."""
+        return None
+
     def close(self) -> dict[str, Any] | None:
         """Give up what outlives the process; the tool's own report, where it makes one."""
         return None

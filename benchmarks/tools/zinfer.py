@@ -32,6 +32,19 @@ class ZinferSession(GreedySession):
         """What its look-ahead has in the window, and on the way."""
         return int(self.model.zinfer.read_ahead_bytes)
 
+    @property
+    def counts(self) -> dict[str, float] | None:
+        """Experts that were missing, their bytes, those of other weights a sweep, and seconds the drive was busy."""
+        report = self.model.zinfer.report()
+        if report.experts is None:
+            return None
+        return {
+            "misses": report.experts.misses,
+            "expert_bytes": report.experts.read_bytes,
+            "sweep_bytes": self.model.zinfer.sweep_bytes,
+            "busy_seconds": report.busy_seconds,
+        }
+
     def close(self) -> dict[str, Any] | None:
         """Its report, and the bytes of the key-value cache in the end."""
         report: dict[str, Any] = self.model.zinfer.report().as_dict()

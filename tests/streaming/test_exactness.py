@@ -25,8 +25,7 @@ def stream(folder: str, budget: int, **options):
 
 
 def load_both(folder: str, name: str, **options):
-    cls = architectures.ALL[name][0]
-    reference = cls.from_pretrained(folder, **options).eval()
+    reference = architectures.reference(name, folder, **options)
     return reference, stream(folder, int(architectures.parameter_bytes(reference) * BUDGET_SHARE), **options)
 
 

@@ -349,6 +349,8 @@ def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     parameter, index = args
     if type(parameter) is StreamedParameter and _is_integer(index):
         weight, row = parameter.weight, int(index)
+        if weight.slices is not None and (at_hand := weight.slices.tensors.get(row)) is not None:
+            return at_hand
         if (
             weight.resident is None
             and weight.row_source is not None
