@@ -87,16 +87,34 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
     if not parts.footprints:
         return Placement(frozenset(), 0, 0, 0)
     available = budget - parts.fixed
-    return place(parts.footprints, available - expert_reserve(parts, available))
+    reserve = expert_reserve(parts.largest_expert, available, smallest(parts.footprints))
+    return place(parts.footprints, available - reserve)
 
 
-def expert_reserve(parts: Parts, available: int) -> int:
-    """Bytes of `available` that are kept for experts that are read one by one, before other weights are placed.
+def expert_reserve(nbytes: int, available: int, least: int) -> int:
+    """Bytes of `available` that are kept for experts of `nbytes` each, read one by one, before others are placed.
 
-    Few: what every token needs comes first, an expert's memory pays only when the router picks it again.
+    Few: what every token needs comes first, an expert's memory pays only when the router picks it again. Other weights
+    take `least` bytes.
     """
-    wanted = min(EXPERTS_AT_ONCE * parts.largest_expert, parts.expert_bytes, available // EXPERT_SHARE)
-    return max(parts.largest_expert, min(wanted, available - smallest(parts.footprints)))
+    wanted = min(EXPERTS_AT_ONCE * nbytes, available // EXPERT_SHARE)
+    return max(nbytes, min(wanted, available - least))
+
+
+def expert_slots(
+    parts: Parts, there: PartsOnDevice, tiers: Tiers, budget: int, *, kv_offload: bool
+) -> tuple[int, int]:
+    """How many experts have room beside `tiers`: in host memory, and on a device of which `budget` bytes are used.
+
+    Caches that go to the host have their part of it, and so have weights that may have to leave the device for others.
+    """
+    if not parts.layers:
+        return 0, 0
+    left = parts.budget - parts.bounce - tiers.host_bytes - tiers.host_window - tiers.conversions
+    left -= parts.budget // CACHE_SHARE if kv_offload else 0
+    left -= min(left // EXPERT_SHARE, sum(parts.weights[index].layout.nbytes for index in tiers.device))
+    taken = there.small_bytes + tiers.device_bytes + tiers.device_window + tiers.device_conversions
+    return max(parts.expert_slots(left), 1), max(there.expert_slots(budget - taken), 1)
 
 
 def tiers_within(
@@ -135,17 +153,29 @@ def divide_tiers(
 ) -> Tiers:
     """place_on_tiers with `budget` bytes of the device, and the host's budget of `parts`; small tensors come first.
 
-    Raises what that raises: with bytes for weights alone.
+    Raises what that raises: with bytes for weights and an expert that is read by itself.
     """
     drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
     on_device = budget - there.small_bytes
+    expert = parts.largest_expert
+    on_device -= expert_reserve(there.largest_expert, on_device, smallest(there.footprints)) if expert else 0
+
+    def placed(host: int) -> Tiers:
+        # Of the host, other weights need least what passes to the device: the largest of them.
+        passing = max((footprint.window for footprint in there.footprints if not footprint.sliced), default=0)
+        return place_on_tiers(
+            there.footprints, on_device, host - expert_reserve(expert, host, 2 * passing), drive=drive
+        )
+
     if kv_offload:
         try:
-            kept = parts.budget // CACHE_SHARE
-            return place_on_tiers(there.footprints, on_device, host - kept, drive=drive)
+            return placed(host - parts.budget // CACHE_SHARE)
         except BudgetError as error:
-            host = min(host, error.smallest or host)  # caches get what is left
-    return place_on_tiers(there.footprints, on_device, host, drive=drive)
+            host = min(host, (error.smallest or host) + expert)  # caches get what is left
+    try:
+        return placed(host)
+    except BudgetError as error:
+        raise BudgetError(str(error), (error.smallest or 0) + expert) from error
 
 
 def _shortage(needed: int) -> str:

@@ -45,7 +45,9 @@ class CachesOnHost:
     ) -> None:
         processor = device.processor
         page_lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
-        self._weights = host.residents + host.window + host.conversions + host.small + host.bounce
+        self._weights = (
+            host.residents + host.window + host.conversions + host.small + host.bounce + host.experts
+        )
         self._ceiling = host.ceiling
         self._space = Space(
             host.ceiling - self._weights - device.spare_bytes,

@@ -100,6 +100,11 @@ class Parts:
         self.largest_expert = max((layer.slot_bytes for layer, _ in self.layers), default=0)
         self.expert_bytes = self.largest_expert * sum(layer.count for layer, _ in self.layers)
 
+    @property
+    def expert_layers(self) -> list[ExpertLayer]:
+        """Those whose experts are read one by one."""
+        return [layer for layer, _ in self.layers]
+
     def expert_slots(self, room: int) -> int:
         """How many experts `room` bytes hold, at most all."""
         return min(self.expert_bytes, room) // self.largest_expert if self.layers else 0
@@ -119,6 +124,10 @@ class PartsOnDevice:
     """
 
     def __init__(self, parts: Parts, allocated: Callable[[int], int]) -> None:
+        self.largest_expert = max(
+            (allocated(layer.device_slot_bytes) for layer, _ in parts.layers), default=0
+        )
+        self.experts = sum(layer.count for layer, _ in parts.layers)
         self.footprints = [
             replace(
                 footprint,
@@ -134,7 +143,11 @@ class PartsOnDevice:
         if not self.footprints:
             return self.small_bytes
         least = all_resident if offload == "none" else smallest
-        return self.small_bytes + least(self.footprints)
+        return self.small_bytes + least(self.footprints) + self.largest_expert
+
+    def expert_slots(self, room: int) -> int:
+        """How many experts `room` bytes hold, at most all."""
+        return min(self.experts, room // self.largest_expert) if self.largest_expert else 0
 
 
 @dataclass(frozen=True)

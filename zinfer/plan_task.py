@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from zinfer.budgets import HEADROOM, HEADROOM_SHARE, divide_tiers, expert_reserve, less_headroom
+from zinfer.budgets import HEADROOM, HEADROOM_SHARE, divide_tiers, expert_reserve, expert_slots, less_headroom
 from zinfer.device.cuda import allocated_by_torch
 from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
@@ -40,7 +40,7 @@ class Task:
     `there`: the device of this machine that computes; None for the CPU, and for that of other hardware.
     `foreseen`: bytes that a run foresees for the activations of a batch, its prompt whole. `estimate`: the same with
     chunks of so many tokens; None: no prompt is cut. `by_expert`: experts are read one by one; `expert_slots`: how many
-    of them stay in memory where place() was asked last.
+    of them stay in host memory and on the device where place() was asked last.
     """
 
     held: Sequence[Held]
@@ -56,7 +56,7 @@ class Task:
     divided: dict[int, Parts] = field(default_factory=dict)
     tiers: dict[tuple[int, int], Tiers] = field(default_factory=dict)
     by_expert: bool = False
-    expert_slots: int = 0
+    expert_slots: tuple[int, int] = (0, 0)
 
     def budgets(self) -> tuple[int, int]:
         """Bytes for the host and for the device."""
@@ -143,12 +143,14 @@ class Task:
                 "prompt smaller"
             )
         within = min(available - cache, left) if streams else available
-        reserve = expert_reserve(parts, available) if parts.layers else 0
+        reserve = (
+            expert_reserve(parts.largest_expert, available, smallest(parts.footprints)) if parts.layers else 0
+        )
         # As a run has it: experts make room for caches first.
         beside = max(within - reserve, smallest(parts.footprints)) if parts.layers else within
         tiers = place_on_cpu(parts.footprints, available - reserve, beside, batch if streams else 1)
         taken = tiers.host_bytes + tiers.host_window + tiers.conversions
-        self.expert_slots = max(parts.expert_slots(within - taken), 1 if parts.layers else 0)
+        self.expert_slots = max(parts.expert_slots(within - taken), 1 if parts.layers else 0), 0
         return parts, tiers
 
     def _least(self, host: int, cache: int) -> int:
@@ -238,14 +240,22 @@ class Task:
         """
         there, memory = self.on_device(parts), self.memory(batch)
         if self.there is None or self.offload == "none":
-            return divide_tiers(parts, there, self.offload, device - memory)
+            tiers = divide_tiers(parts, there, self.offload, device - memory)
+            self.expert_slots = expert_slots(parts, there, tiers, device - memory, kv_offload=False)
+            return tiers
         key = parts.budget, device
         if key not in self.tiers:
             self.tiers[key] = divide_tiers(parts, there, self.offload, device)
         within = device - there.small_bytes - memory
         tiers = self.tiers[key]
+        slots = expert_slots(parts, there, tiers, device, kv_offload=False)
         planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
-        return beside_caches(there.footprints, tiers, within, max(parts.budget - planned, 0))
+        planned += slots[0] * parts.largest_expert
+        expert = there.largest_expert  # experts make room for caches first
+        tiers = beside_caches(there.footprints, tiers, within - expert, max(parts.budget - planned, 0))
+        taken = tiers.device_bytes + tiers.device_window + tiers.device_conversions
+        self.expert_slots = slots[0], max(there.expert_slots(within - taken), 1 if expert else 0)
+        return tiers
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""

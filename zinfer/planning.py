@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def _planned(
 ) -> Plan:
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
     held = gather(outline.model)
-    by_expert = streams_experts(outline.experts_asked, offload, attached=machine.has_device)
+    by_expert = streams_experts(outline.experts_asked, offload)
     by_expert = by_expert and can_stream_experts(outline.model) and any(map(is_sliced, held))
     if by_expert:
         use_streamed_experts(outline.model)
@@ -187,14 +188,19 @@ def _plan(
     host = frozenset(of_weight[i] for i in tiers.host)
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
-    expert_bytes, hit_rate = task.expert_slots * parts.largest_expert, None
+    expert_bytes, hit_rate = task.expert_slots[0] * parts.largest_expert, None
+    crossing = decode
     if parts.layers:
         sliced = {
             index for index, weight in zip(of_weight, parts.weights, strict=True) if weight.slices is not None
         }
-        hit_rate = task.expert_slots / sum(layer.count for layer, _ in parts.layers)
-        decode = _with_hits(decode, sliced, hit_rate)
+        on_host, there = (
+            slots / sum(layer.count for layer, _ in parts.layers) for slots in task.expert_slots
+        )
+        hit_rate = 1 - (1 - on_host) * (1 - there)
+        crossing, decode = _with_hits(decode, sliced, there), _with_hits(decode, sliced, hit_rate)
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    bounds = replace(bounds, pcie=sweep(crossing, sizes, hardware, device=device, host=host).pcie)
     chunk = task.chunk(batch)
     chunks = chunks_of(prompt, chunk)
     first = _prefill_bounds(
@@ -249,11 +255,12 @@ def _plan(
         activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
         read_bytes=round(moved_bytes(decode.asks, sizes, device | host)),
-        pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
+        pcie_bytes=round(moved_bytes(crossing.asks, sizes, device)) if hardware.has_device else 0,
         **times(bounds, first, batch, new_tokens),
         prefill_chunk=chunk,
         largest_batch=largest,
         expert_bytes=expert_bytes,
+        device_expert_bytes=task.expert_slots[1] * parts.largest_expert,
         expert_hit_rate=hit_rate,
         notes=tuple(notes),
         sources=dict(hardware.sources),

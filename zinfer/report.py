@@ -42,10 +42,14 @@ class DeviceFigures:
 
 @dataclass(frozen=True)
 class ExpertFigures:
-    """Experts that are read one by one. `hits` were there when a router picked them, `misses` were read: `read_bytes`.
+    """Experts that are read one by one. `hits` were in memory when a router picked them, `misses` were not.
 
-    `limit_bytes` is what they may take now, `cached_bytes` what the `cached` experts of `experts` in all do.
-    `wait_seconds`: operators' threads, until one had landed.
+    `limit_bytes` of host memory is what they may take now, `cached_bytes` what the `cached` experts of `experts` in all
+    do. `read_bytes` were read for them. `foreseen` of the misses were read, or being read, because the router of their
+    layer, asked a layer before, had named them; `guessed_bytes` were read for others that it named. `right_share` of
+    what it names is right lately, None before there is enough to tell; `looks_ahead`: whether that is read.
+    `wait_seconds`: operators' threads, until one had landed. On a device with memory of its own, up to
+    `device_limit_bytes` hold `device_cached` experts, and `device_hits` of the hits were there.
     """
 
     limit_bytes: int
@@ -55,16 +59,30 @@ class ExpertFigures:
     hits: int
     misses: int
     read_bytes: int
+    foreseen: int
+    guessed_bytes: int
+    right_share: float | None
+    looks_ahead: bool
     wait_seconds: float
+    device_limit_bytes: int = 0
+    device_cached: int = 0
+    device_hits: int = 0
 
     def __str__(self) -> str:
         picked = self.hits + self.misses
+        there = f", {self.device_cached} in {_size(self.device_limit_bytes)} of the device"
+        guesses = "too few guesses to tell whether looking ahead pays"
+        if self.right_share is not None:
+            guesses = f"of those guessed a layer ahead {100 * self.right_share:.0f} % are right, so that "
+            guesses += "they are read" if self.looks_ahead else "none is read"
+            guesses += f": {self.foreseen} came so, and {_size(self.guessed_bytes)} in vain"
         share = (
             f"{100 * self.hits / picked:.0f} % of {picked} were there" if picked else "none was picked yet"
         )
         return (
-            f"{self.cached} of {self.experts} in {_size(self.cached_bytes)} (at most {_size(self.limit_bytes)}); "
-            f"{share}, {_size(self.read_bytes)} read for the others; {self.wait_seconds:.2f} s blocked"
+            f"{self.cached} of {self.experts} in {_size(self.cached_bytes)} (at most {_size(self.limit_bytes)})"
+            f"{there if self.device_limit_bytes else ''}; {share}, {_size(self.read_bytes)} read; {guesses}; "
+            f"{self.wait_seconds:.2f} s blocked"
         )
 
 

@@ -144,7 +144,7 @@ def _run_checkpoint(
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
     if target.kv_offload:
         check_model(model)
-    by_expert = streams_experts(experts_asked, offload, attached=target.processor is not None)
+    by_expert = streams_experts(experts_asked, offload)
     streaming = stream(
         model, offload=offload, target=target, progress=show, recorder=recorder, by_expert=by_expert
     )

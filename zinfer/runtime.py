@@ -13,6 +13,7 @@ from torch import nn
 
 from zinfer.caches_on_host import CachesOnHost
 from zinfer.errors import OptionError, OutOfMemoryError
+from zinfer.experts.on_device import DeviceExperts
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
 from zinfer.prefill import Prefill
@@ -129,19 +130,27 @@ class Runtime:
         )
 
     def _expert_figures(self) -> ExpertFigures | None:
-        cache = self._streaming.experts
+        cache, above = self._streaming.host_experts, self._streaming.experts
         if cache is None:
             return None
+        there = above if isinstance(above, DeviceExperts) else None
         counters = cache.counters
         return ExpertFigures(
             limit_bytes=cache.limit,
             cached_bytes=cache.count * cache.slot_bytes,
             cached=cache.count,
-            experts=self._streaming.expert_count,
-            hits=counters.hits,
+            experts=cache.total,
+            hits=counters.hits + (there.hits if there else 0),
             misses=counters.misses,
             read_bytes=counters.read_bytes,
+            foreseen=counters.foreseen,
+            guessed_bytes=counters.guessed_bytes,
+            right_share=cache.trust.share,
+            looks_ahead=cache.looks_ahead and cache.trust.pays,
             wait_seconds=counters.wait_seconds,
+            device_limit_bytes=there.limit if there else 0,
+            device_cached=there.count if there else 0,
+            device_hits=there.hits if there else 0,
         )
 
     def _device_figures(self) -> DeviceFigures | None:

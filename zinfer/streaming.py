@@ -22,6 +22,7 @@ from zinfer.experts.forward import (
     follow_each_other,
     use_streamed_experts,
 )
+from zinfer.experts.source import ExpertSource
 from zinfer.opening import Target, open_attached, open_cpu
 from zinfer.parts import Account, Held, Parts, Slot, gather
 from zinfer.planner.placement import Footprint, Placement
@@ -50,17 +51,8 @@ class Streaming:
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
     host: Account | None = None
-    experts: ExpertCache | None = None
-
-    @property
-    def expert_count(self) -> int:
-        """Experts of all layers that are read one by one."""
-        return sum({id(slots[0].owner): weight.shape[0] for slots, weight in self._sliced}.values())
-
-    @property
-    def _sliced(self) -> list[tuple[list[Slot], Weight]]:
-        both = zip(self.slots, self.weights, strict=True)
-        return [(slots, weight) for slots, weight in both if weight.slices is not None]
+    experts: ExpertSource | None = None  # where it computes
+    host_experts: ExpertCache | None = None
 
     @property
     def loaded(self) -> bool:
@@ -132,6 +124,7 @@ def stream(
             parameters,
             opened.host,
             opened.experts,
+            opened.host_experts,
         )
         streaming.install()
         if parts.layers:

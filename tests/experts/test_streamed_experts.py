@@ -41,17 +41,17 @@ def stream_most(folder: str):
     """Stream within the smallest budget that holds half of the experts, and not all."""
     for tenths in range(5, 30):
         model = stream(folder, tenths * weights_of(folder) // 10)
-        if (cache := model.zinfer._streaming.experts) is None:
+        if (cache := model.zinfer._streaming.host_experts) is None:
             break
-        if 2 * cache.allowed >= model.zinfer._streaming.expert_count:
-            assert cache.allowed < model.zinfer._streaming.expert_count
+        if 2 * cache.allowed >= cache.total:
+            assert cache.allowed < cache.total
             return model
         model.zinfer.close()
     raise AssertionError("no budget holds half of the experts")
 
 
 def experts_of(model) -> ExpertCache:
-    cache = model.zinfer._streaming.experts
+    cache = model.zinfer._streaming.host_experts
     assert cache is not None
     return cache
 

@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc):
 
 def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, nothing_left):
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     total = architectures.parameter_bytes(reference)
     device, host = mixes(total)[mix]
     processor = staged(zlib.crc32(f"{name}, {mix}".encode()))
@@ -84,7 +84,7 @@ def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, n
 def test_each_mix_is_bit_equal_where_the_devices_allocator_rounds(name, mix, saved, nothing_left):
     """The budgets of tests/gpu, as a GPU divides them."""
     folder = saved(name, torch.bfloat16)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     processor = Rounding(MEMORY, check=True)
     processor.limit = lambda nbytes, holder: None  # as there
     device, host = mixes(architectures.parameter_bytes(reference))[mix]

@@ -20,7 +20,7 @@ CACHES = 200_000  # bytes: what these tests cache, and its activations
 
 def saved_and_loaded(saved, name):
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     return folder, reference, architectures.parameter_bytes(reference)
 
 

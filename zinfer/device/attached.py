@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from zinfer.device.arena import Arena, Lease
-from zinfer.device.assembly import Assembly
+from zinfer.device.assembly import Assembly, Move
 from zinfer.device.copies import Copies
 from zinfer.device.host import Host, flagged
 from zinfer.device.lifted import LiftedFetch
@@ -297,14 +297,19 @@ class AttachedDevice(Host):
             self._copies.add(fetch)
         return True
 
-    def _own_memory(self, nbytes: int) -> Lease | None:
-        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+    def own_arena(self, nbytes: int) -> Arena | None:
+        """Memory of its own on the device, for what any operator may read; None where there is not enough."""
         try:
-            own = Arena(self.processor, nbytes, self._streams.known)
+            return Arena(self.processor, nbytes, self._streams.known)
         except BudgetError:
             return None
-        lease = own.acquire(nbytes)
-        own.close()
+
+    def _own_memory(self, nbytes: int) -> Lease | None:
+        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+        own = self.own_arena(nbytes)
+        lease = own.acquire(nbytes) if own is not None else None
+        if own is not None:
+            own.close()
         return lease
 
     def refused(self, weight: Weight) -> None:
@@ -366,12 +371,25 @@ class AttachedDevice(Host):
             self._keep(weight, Kept(memory, pool))
         with torch.inference_mode(False), torch.no_grad():
             moves = self._assembly.moves(weight, memory, pool, lease.bytes)
-            event = self.processor.copy(moves, lease.after, urgent=urgent)
+            event = self._move(moves, lease, weight.name, urgent)
+        return event, [memory, pool]  # the pool too: it counts as used until then
+
+    def _move(self, moves: Sequence[Move], lease: Lease, name: str, urgent: bool) -> Event:
+        event = self.processor.copy(moves, lease.after, urgent=urgent)
         lease.copied(event)
-        sources = [memory, pool]  # the pool too: it counts as used until then
         if self._recorder is not None:
-            self._recorder.copying(weight.name, event)
-        return event, sources
+            self._recorder.copying(name, event)
+        return event
+
+    def copy_now(self, moves: Sequence[Move], lease: Lease, name: str, sources: list[Any]) -> Event:
+        """Copy what is called `name` into `lease`, ahead of weights; `sources` are kept until that is done."""
+        event = self._move(moves, lease, name, urgent=True)
+        self._copying(event, sources)
+        return event
+
+    def follow(self, event: Event, lease: Lease) -> None:
+        """The calling thread's operators read what is in `lease` from `event` on."""
+        self._follow(event, lease, None)
 
     def _copying(self, event: Event, sources: list[Any]) -> None:
         if self._copies is not None:

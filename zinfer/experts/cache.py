@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from zinfer.experts.eviction import Uses
 from zinfer.experts.layers import Expert, ExpertLayer
 from zinfer.experts.lookahead import Trust
 from zinfer.experts.slots import Slots
+from zinfer.experts.source import Landed
 from zinfer.pinned import Pool
 
 PATIENCE = 30.0  # seconds to wait for a slot that others hold
 TURN = 0.001  # seconds between two looks for one
 LOOK_EVERY = 0.0002  # seconds between looks which of several experts has landed
 AHEAD_SHARE = 2  # of the slots, one in so many may hold guesses
-
-Landed = list[tuple[Expert, list[torch.Tensor]]]
 
 
 class Slot:
@@ -60,7 +59,7 @@ class Counters:
 
 
 class ExpertCache:
-    """At most `count` experts of `layers`, of at most `slot_bytes` each, read through `host`.
+    """At most `count` experts of `layers`, of at most `slot_bytes` each, read through `host`. `page_lock` as for Pool.
 
     Any thread may call any method; one lock guards it.
 
@@ -71,7 +70,14 @@ class ExpertCache:
     they pass through: those that were computed with make room for the next.
     """
 
-    def __init__(self, host: Host, layers: Sequence[ExpertLayer], count: int, slot_bytes: int) -> None:
+    def __init__(
+        self,
+        host: Host,
+        layers: Sequence[ExpertLayer],
+        count: int,
+        slot_bytes: int,
+        page_lock: Literal["auto", "off"] = "off",
+    ) -> None:
         self._host = host
         self._lock = threading.RLock()
         self._slots: dict[int, Slot] = {}  # by the experts' numbers
@@ -86,7 +92,8 @@ class ExpertCache:
         self.trust = Trust()
         self.looks_ahead = True
         self.allowed = count  # slots
-        self._memory = Slots(count, slot_bytes)
+        self._memory = Slots(count, slot_bytes, page_lock, host.numa_node)
+        self.slot_bytes = self._memory.nbytes
         self._closed = False
         self.counters = Counters()
 
@@ -96,9 +103,9 @@ class ExpertCache:
         return self._memory.pool
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot."""
-        return self._memory.nbytes
+    def total(self) -> int:
+        """Experts of all layers."""
+        return len(self._idle)
 
     @property
     def limit(self) -> int:
@@ -113,12 +120,7 @@ class ExpertCache:
     def arrivals(
         self, layer: ExpertLayer, picked: Sequence[int], then: Callable[[], object] | None = None
     ) -> Iterator[Landed]:
-        """The experts of `layer` that were `picked` (indices), with their tensors: as they land, several at a time.
-
-        The tensors are valid until the next are asked for. All that are missing are requested at once, as far as there
-        is room; `then` is called when that is done, if there was. Raises DriveError, CheckpointChangedError,
-        ClosedError, and BudgetError where not even one has room.
-        """
+        """See ExpertSource; those that have landed together come together."""
         held: list[Slot] = []
         waiting = deque(layer.experts[index] for index in picked)
         try:
@@ -148,10 +150,10 @@ class ExpertCache:
                     self._done(slot)
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
-        """`layer`, next after `before`, may pick the experts `guessed` (indices): read them if guesses pay.
+        """See ExpertSource.
 
-        That is done after everything that is asked for. A guess takes the slot of an expert that is expected to be used
-        later than all others, but none that was picked or guessed.
+        What is guessed is read after everything that is asked for. A guess takes the slot of an expert that is
+        expected to be used later than all others, but none that was picked or guessed.
         """
         with self._lock:
             if self._closed:
@@ -172,7 +174,7 @@ class ExpertCache:
                 self._start(expert, memory, urgent=False)
 
     def resize(self, limit: int) -> None:
-        """Take at most `limit` bytes from now on, or those of one slot; memory that is not needed goes back."""
+        """See ExpertSource."""
         with self._lock:
             allowed = max(1, min(limit // self.slot_bytes, self._memory.count))
             if allowed == self.allowed:

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from zinfer.experts.cache import ExpertCache, Landed
 from zinfer.experts.layers import ExpertLayer, router_of
 from zinfer.experts.lookahead import guess
+from zinfer.experts.source import ExpertSource, Landed
 from zinfer.weights.parameter import StreamedParameter
 
 NAME = "zinfer"  # of this experts implementation, in transformers' registry
@@ -42,7 +42,7 @@ class Following:
 class StreamedExperts:
     """The experts of one module, and the cache that they come from. Copies of the module share it."""
 
-    def __init__(self, layer: ExpertLayer, cache: ExpertCache, following: Following | None = None) -> None:
+    def __init__(self, layer: ExpertLayer, cache: ExpertSource, following: Following | None = None) -> None:
         self.layer, self.cache, self.following = layer, cache, following
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedExperts:
@@ -87,13 +87,13 @@ class StreamedExperts:
         return out
 
     def _look_ahead(self, states: torch.Tensor, picks: int) -> None:
-        if self.following is not None and self.cache.looks_ahead:
+        if self.following is not None:
             guessed = self.following.guess(states, picks)
             self.cache.foresee(self.following.layer, guessed, self.layer)
 
 
 def follow_each_other(
-    model: nn.Module, layers: Sequence[tuple[ExpertLayer, nn.Module]], cache: ExpertCache
+    model: nn.Module, layers: Sequence[tuple[ExpertLayer, nn.Module]], cache: ExpertSource
 ) -> None:
     """Have the experts of each of `layers`, modules of `model` in the order they run in, stream through `cache`."""
     for (layer, module), after in zip_longest(layers, layers[1:]):
@@ -135,12 +135,9 @@ def forward(
     return streamed(module, hidden_states, top_k_index, top_k_weights)
 
 
-def streams_experts(asked: str | None, offload: str, *, attached: bool) -> bool:
-    """Whether experts are read one by one where the user `asked` for an implementation, or for none (None).
-
-    On a device with memory of its own (`attached`) they stream whole, as other weights do.
-    """
-    return asked in (None, "eager") and offload in ("auto", "nvme") and not attached
+def streams_experts(asked: str | None, offload: str) -> bool:
+    """Whether experts are read one by one where the user `asked` for an implementation, or for none (None)."""
+    return asked in (None, "eager") and offload in ("auto", "nvme")
 
 
 def can_stream_experts(model: nn.Module) -> bool:

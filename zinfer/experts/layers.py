@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
-from zinfer.weights.layout import VECTOR, Layout, lay_out
+from zinfer.device.processor import ALIGNMENT
+from zinfer.weights.layout import VECTOR, Layout, lay_out, lay_out_apart, round_up
 from zinfer.weights.lowering import Placed, rows_of
 from zinfer.weights.weight import Weight
 
@@ -95,8 +96,13 @@ class ExpertLayer:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the largest expert."""
-        return max(expert.nbytes for expert in self.experts)
+        """Bytes of host memory that the largest expert takes."""
+        return round_up(max(expert.nbytes for expert in self.experts))
+
+    @property
+    def device_slot_bytes(self) -> int:
+        """The same on a device, which needs no room for the pages around a piece."""
+        return max(on_device(expert, residues=True).nbytes for expert in self.experts)
 
     def _expert(self, index: int) -> Expert:
         placements = tuple(_slice(weight, index) for weight in self.weights)
@@ -108,6 +114,11 @@ class ExpertLayer:
             lay_out(placements),
             tuple(weight.requires_grad for weight in self.weights),
         )
+
+
+def on_device(expert: Expert, *, residues: bool) -> Layout:
+    """Where its tensors stand in a device's memory; `residues` as for lay_out_apart."""
+    return lay_out_apart(expert.layout, expert.placements, ALIGNMENT, residues=residues)
 
 
 def _slice(weight: Weight, index: int) -> Placed:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from zinfer.pinned import Pool, Region
 from zinfer.pinned.pages import give_back, populate
@@ -25,14 +25,17 @@ class Slots:
           +------------------------- shrink() ------------------------------+
 
     Fresh memory is slow at first use, seconds for gigabytes: a thread makes slots present, the lowest first, while the
-    model runs, and until then few slots are used over and over. The lowest free one is taken, so that the highest can
+    model runs, and until then few slots are used over and over; page-locked ones (`page_lock` as for Pool) are
+    present at once, and for good. The lowest free one is taken, so that the highest can
     be given back. Any thread may call any method.
     """
 
-    def __init__(self, count: int, nbytes: int, numa_node: int | None = None) -> None:
+    def __init__(
+        self, count: int, nbytes: int, page_lock: Literal["auto", "off"] = "off", numa_node: int | None = None
+    ) -> None:
         self.nbytes = round_up(nbytes)
         self.count = count
-        self.pool = Pool(count * self.nbytes, page_lock="off", numa_node=numa_node, touch_threads=0)
+        self.pool = Pool(count * self.nbytes, page_lock=page_lock, numa_node=numa_node, touch_threads=0)
         self._block: Region | None = self.pool.acquire(count * self.nbytes)
         assert self._block is not None
         self._lock = threading.RLock()  # a tensor may die, and call back, inside a method here
@@ -42,7 +45,10 @@ class Slots:
         self._allowed = count
         self._closing = threading.Event()
         self._work = threading.Semaphore(0)
-        self._make_present(heapq.heappop(self._absent))
+        if self.pool.page_locked:
+            self._free, self._absent = self._absent, []
+        else:
+            self._make_present(heapq.heappop(self._absent))
         self._thread = threading.Thread(
             target=_run, args=(weakref.ref(self), self._closing, self._work), name="zinfer-touch", daemon=True
         )
@@ -93,7 +99,8 @@ class Slots:
             highest = max(self._free)
             self._free.remove(highest)
             heapq.heapify(self._free)
-            give_back(block.address + highest * self.nbytes, self.nbytes)
+            if not self.pool.page_locked:
+                give_back(block.address + highest * self.nbytes, self.nbytes)
             heapq.heappush(self._absent, highest)
 
     def _make_next_present(self) -> bool:
