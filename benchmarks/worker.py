@@ -50,6 +50,7 @@ class Task:
     reads into when it measures a second time; 0: no second time. `settling`: tokens between prefill and pause, in which
     residents come to stay. `varied`: each step is fed ids that were drawn, not those that were found: with random
     weights a greedy model repeats one. `uniform_routing`: the experts of each token and layer are drawn, each alike.
+    `prefill`: tokens of another prompt, drawn, that a new sequence begins with in the end; 0: none.
     """
 
     tool: str
@@ -67,6 +68,7 @@ class Task:
     settling: int = 0
     varied: bool = False
     uniform_routing: bool = False
+    prefill: int = 0
 
     @property
     def rows(self) -> list[list[int]]:
@@ -97,7 +99,7 @@ class Outcome:
     the parent. `engine_first_token` is the tool's own count of bytes for `first_token`, `resident` is weights in
     memory for good (zinfer only), `resident_each` the same after each token from the first pause on. `rested` is from
     the end of the first pause to the rest before the second, when the tool had read ahead what `read_ahead` says.
-    `counts`: the tool's own, before and after the counted tokens.
+    `counts`: the tool's own, before and after the counted tokens, and before the `prefill` of another sequence.
     """
 
     tool: str
@@ -118,6 +120,7 @@ class Outcome:
     rested: Phase | None = None
     read_ahead: list[int | None] = field(default_factory=list)
     counts: list[dict[str, float] | None] = field(default_factory=list)
+    prefill: Phase | None = None
     engine_first_token: int | None = None
     report: dict[str, Any] | None = None
 
@@ -232,6 +235,12 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
     outcome.read_ahead.append(session.read_ahead)
     if pauses:
         pauses.take()
+    if task.prefill:
+        session.restart()
+        outcome.counts.append(session.counts)
+        clock.restart()
+        session.step([[dice.randrange(VARIED_IDS) for _ in range(task.prefill)]])
+        outcome.prefill = clock.span()
 
 
 def read_outcome(path: str) -> Outcome:
@@ -246,7 +255,8 @@ def read_outcome(path: str) -> Outcome:
 
     for key in ("tokens_each", "probes"):
         fields[key] = [phase(value) for value in fields[key]]
-    return Outcome(**{**fields, **{key: phase(fields[key]) for key in ("first_token", "decode", "rested")}})
+    single = [key for key in ("first_token", "decode", "rested", "prefill") if fields[key] is not None]
+    return Outcome(**{**fields, **{key: phase(fields[key]) for key in single}})
 
 
 def main(arguments: Sequence[str]) -> None:

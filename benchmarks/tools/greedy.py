@@ -32,6 +32,10 @@ class GreedySession(Session):
         found: list[int] = result.logits[:, -1].argmax(-1).tolist()
         return found
 
+    def restart(self) -> None:
+        """See Session."""
+        self._cache = None
+
     @property
     def cache_bytes(self) -> int:
         """Of the key-value cache now."""
