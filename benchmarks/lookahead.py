@@ -139,8 +139,8 @@ def main(arguments: Sequence[str]) -> int:
         requirements=requirements,
         body=(
             f"Batch 1, ids drawn, a budget of {100 * options.share:.0f} % of the model's bytes; {options.rounds} "
-            f"blocks of {options.block} tokens each way, in turns on one loaded model; medians and ranges, the ratio block by "
-            f"block.\n\n{table(header, lines)}"
+            f"blocks of {options.block} tokens each way, in turns on one loaded model; medians and ranges, the ratio "
+            f"block by block.\n\n{table(header, lines)}"
         ),
         load_average=load,
     )

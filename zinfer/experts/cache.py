@@ -24,6 +24,7 @@ from zinfer.pinned import Pool
 PATIENCE = 30.0  # seconds to wait for a slot that others hold
 TURN = 0.001  # seconds between two looks for one
 LOOK_EVERY = 0.0002  # seconds between looks which of several experts has landed
+CROWD = 2  # where more than one in so many of a layer are named, that is no guess
 AHEAD_SHARE = 2  # of the slots, one in so many may hold guesses
 
 
@@ -88,6 +89,7 @@ class ExpertCache:
         self._guesses: dict[
             int, set[int]
         ] = {}  # by position of the layer: numbers that were guessed and absent
+        self._crowds: set[int] = set()  # positions of layers of which more than one in CROWD were named
         self._cancelled: list[Any] = []  # reads of wrong guesses: what the drive has begun has to end
         self.trust = Trust()
         self.looks_ahead = True
@@ -159,13 +161,17 @@ class ExpertCache:
             if self._closed:
                 return
             absent = [layer.experts[index] for index in guessed if 0 <= index < layer.count]
+            crowd = CROWD * len(absent) > layer.count  # a long prompt: most will be picked, whoever is right
+            named = {expert.number for expert in absent}
             absent = [expert for expert in absent if expert.number not in self._slots]
             self._guesses[layer.position] = {expert.number for expert in absent}
-            if not self.looks_ahead or not self.trust.pays:
+            self._crowds.discard(layer.position)
+            if crowd:
+                self._crowds.add(layer.position)
+            if not self.looks_ahead or not (crowd or self.trust.pays):
                 return
             room = self.allowed // AHEAD_SHARE
-            protected = {number for numbers in self._guesses.values() for number in numbers}
-            protected.update(layer.start + index for index in guessed)
+            protected = named.union(*self._guesses.values())
             victims = self._victims(before.position, protected)
             for expert in absent[:room]:
                 memory = self._room(victims)
@@ -200,7 +206,8 @@ class ExpertCache:
         guesses = self._guesses.pop(layer.position, None)
         if guesses is None:
             return
-        self.trust.note(len(guesses & numbers), len(guesses))
+        if layer.position not in self._crowds:
+            self.trust.note(len(guesses & numbers), len(guesses))
         for number in guesses - numbers:
             slot = self._slots.get(number)
             if slot is not None and slot.guessed and slot.tensors is None and not slot.users:
