@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,24 @@ def experts_of(model) -> ExpertCache:
     return cache
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("room", ["one", "some", "all"])
-@pytest.mark.parametrize("name", architectures.SPARSE)
+ROOMS = ("one", "some", "all")
+DTYPES = (torch.float32, torch.bfloat16)
+TYPICAL = ("qwen3_moe", "gpt_oss")  # experts that the checkpoint has one by one, and fused with biases
+
+
+def pytest_generate_tests(metafunc):
+    """Each architecture in one way or two, in turns; the typical ones, and with --every-mix all, in each."""
+    if metafunc.function is test_mixtures_are_bit_equal_with_room_for_one_expert_some_or_all:
+        every, ways = metafunc.config.getoption("--every-mix"), list(product(ROOMS, DTYPES))
+        found = [
+            pytest.param(name, *way, id=f"{name}-{way[0]}-{str(way[1]).removeprefix('torch.')}")
+            for number, name in enumerate(architectures.SPARSE)
+            for place, way in enumerate(ways)
+            if every or name in TYPICAL or (place - number) % len(ways) in (0, 3)
+        ]
+        metafunc.parametrize(("name", "room", "dtype"), found)
+
+
 def test_mixtures_are_bit_equal_with_room_for_one_expert_some_or_all(name, room, dtype, saved, nothing_left):
     folder = saved(name, dtype)
     reference = architectures.reference(name, folder)
