@@ -349,4 +349,5 @@ class Runtime:
             *self._notes.copy(),
             *(f"O_DIRECT not used: {reason}" for reason in reasons),
             *device.fallbacks,
+            *(self._streaming.experts.notes if self._streaming.experts is not None else ()),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,46 @@ def test_the_order_of_landing_does_not_show(seed, saved, monkeypatch, nothing_le
         for ids in (EIGHT, EIGHT[:1], EIGHT[:3, :1]):
             assert torch.equal(reference(ids).logits, model(ids).logits)
     assert len(orders) > 3, "all landed in the order they were asked for: the test proves nothing"
+
+
+def test_a_cache_too_small_for_one_tokens_experts_says_so_and_works(saved, caplog, nothing_left):
+    folder = saved("qwen3_moe")
+    reference = architectures.reference("qwen3_moe", folder)
+    with stream(folder, 1) as model, torch.no_grad():
+        assert experts_of(model).allowed < model.config.num_experts_per_tok
+        for _ in range(2):
+            assert torch.equal(reference(EIGHT).logits, model(EIGHT).logits)
+        (note,) = [note for note in model.zinfer.report().fallbacks if "experts" in note]
+    told = [record.getMessage() for record in caplog.records if "experts of a layer" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith(note)
+    assert "a token takes 2 experts of a layer, and 1 have room" in note
+    more = int(note.split(" by ")[1].split()[0])
+    with zinfer.run(folder, offload="nvme", max_memory={"cpu": smallest_of(folder) + more}) as model:
+        assert experts_of(model).allowed >= 2
+
+
+def smallest_of(folder: str) -> int:
+    """Bytes of the smallest budget that works."""
+    with pytest.raises(zinfer.BudgetError) as caught:
+        zinfer.run(folder, offload="nvme", max_memory={"cpu": 1})
+    assert caught.value.smallest is not None
+    return caught.value.smallest
+
+
+def test_nan_in_the_routers_output_is_computed_as_in_memory(saved, monkeypatch, nothing_left):
+    folder = saved("qwen3_moe")
+    reference = architectures.reference("qwen3_moe", folder)
+    module = sys.modules[type(reference).__module__]
+    plain = module.Qwen3MoeTopKRouter.forward
+
+    def broken(self, *args, **kwargs):
+        logits, shares, picked = plain(self, *args, **kwargs)
+        return logits * float("nan"), shares * float("nan"), picked
+
+    monkeypatch.setattr(module.Qwen3MoeTopKRouter, "forward", broken)
+    with stream(folder, 1) as model, torch.no_grad():
+        mine, expected = model(EIGHT).logits, reference(EIGHT).logits
+    assert expected.isnan().any() and torch.equal(mine.isnan(), expected.isnan())
 
 
 def test_threads_share_the_experts_that_are_there(saved, nothing_left):

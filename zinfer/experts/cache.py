@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from zinfer.experts.lookahead import Trust
 from zinfer.experts.slots import Slots
 from zinfer.experts.source import Landed
 from zinfer.pinned import Pool
+
+logger = logging.getLogger("zinfer")
 
 PATIENCE = 30.0  # seconds to wait for a slot that others hold
 TURN = 0.001  # seconds between two looks for one
@@ -91,6 +94,7 @@ class ExpertCache:
         ] = {}  # by position of the layer: numbers that were guessed and absent
         self._crowds: set[int] = set()  # positions of layers of which more than one in CROWD were named
         self._cancelled: list[Any] = []  # reads of wrong guesses: what the drive has begun has to end
+        self._needed = 0  # experts at once, where that was more than have room
         self.trust = Trust()
         self.looks_ahead = True
         self.allowed = count  # slots
@@ -150,6 +154,24 @@ class ExpertCache:
             with self._lock:
                 for slot in held:
                     self._done(slot)
+
+    def needs(self, picks: int) -> None:
+        """See ExpertSource."""
+        if picks <= self.allowed or picks <= self._needed:
+            return
+        self._needed = picks
+        logger.warning("%s; the report counts what follows", self.notes[0])
+
+    @property
+    def notes(self) -> list[str]:
+        """See ExpertSource."""
+        if self._needed <= self.allowed:
+            return []
+        missing = (self._needed - self.allowed) * self.slot_bytes
+        return [
+            f"a token takes {self._needed} experts of a layer, and {self.allowed} have room in host memory, so that none "
+            f"stays for the next token: raise max_memory['cpu'] by {missing} bytes"
+        ]
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """See ExpertSource.

@@ -56,6 +56,7 @@ class StreamedExperts:
         `picked` and `shares` are (tokens, k): the experts of each token and how much of each it takes. A number that is
         no expert's (transformers masks with the first such) adds nothing.
         """
+        self.cache.needs(picked.shape[-1])
         wanted = [index for index in torch.unique(picked).tolist() if 0 <= index < self.layer.count]
         out = torch.zeros_like(states)
         # By expert: the token's place among its k comes first, as in the eager code, whose products have their rows so.

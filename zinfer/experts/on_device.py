@@ -103,6 +103,15 @@ class DeviceExperts:
         finally:
             self._done(held)
 
+    def needs(self, picks: int) -> None:
+        """See ExpertSource. On the device, those that do not fit together take turns."""
+        self.below.needs(picks)
+
+    @property
+    def notes(self) -> list[str]:
+        """See ExpertSource."""
+        return self.below.notes
+
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """See ExpertSource. What is guessed is read to host memory, where it is not on the device."""
         with self._lock:

@@ -36,6 +36,13 @@ class ExpertSource(Protocol):
         ClosedError, and BudgetError where not even one has room.
         """
 
+    def needs(self, picks: int) -> None:
+        """A token takes `picks` experts of a layer at once: tells, once, where not even those have room together."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What does not run as it should, for the report."""
+
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """`layer`, next after `before`, may pick the experts `guessed` (indices): read them if guesses pay."""
 
