@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ class ExpertCache:
 
     def arrivals(
         self, layer: ExpertLayer, picked: Sequence[int], then: Callable[[], object] | None = None
-    ) -> Iterator[Landed]:
+    ) -> Generator[Landed, None, None]:
         """See ExpertSource; those that have landed together come together."""
         held: list[Slot] = []
         waiting = deque(layer.experts[index] for index in picked)
@@ -169,8 +169,8 @@ class ExpertCache:
             return []
         missing = (self._needed - self.allowed) * self.slot_bytes
         return [
-            f"a token takes {self._needed} experts of a layer, and {self.allowed} have room in host memory, so that none "
-            f"stays for the next token: raise max_memory['cpu'] by {missing} bytes"
+            f"a token takes {self._needed} experts of a layer, and {self.allowed} have room in host memory, so that "
+            f"none stays for the next token: raise max_memory['cpu'] by {missing} bytes"
         ]
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:

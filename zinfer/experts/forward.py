@@ -8,6 +8,7 @@ whatever lands first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -66,25 +67,26 @@ class StreamedExperts:
         arriving = self.cache.arrivals(
             self.layer, wanted, partial(self._look_ahead, states, picked.shape[-1])
         )
-        for group in arriving:
-            mine = [(expert.index, *torch.where(places == expert.index)) for expert, _ in group]
-            tokens = torch.cat([token for _, _, token in mine])
-            positions = torch.cat([position for _, position, _ in mine])
-            with _at_hand(self.layer, group):
-                results = _eager(module)(
-                    module,
-                    states[tokens],
-                    picked[tokens, positions].unsqueeze(1),
-                    shares[tokens, positions].unsqueeze(1),
-                )
-            del group
-            for (index, _, token), result in zip(
-                mine, results.split([len(token) for _, _, token in mine]), strict=True
-            ):
-                landed[index] = token, result
-            while following < len(wanted) and wanted[following] in landed:
-                out.index_add_(0, *landed.pop(wanted[following]))
-                following += 1
+        with closing(arriving):  # whoever keeps an error must not keep experts with it
+            for group in arriving:
+                mine = [(expert.index, *torch.where(places == expert.index)) for expert, _ in group]
+                tokens = torch.cat([token for _, _, token in mine])
+                positions = torch.cat([position for _, position, _ in mine])
+                with _at_hand(self.layer, group):
+                    results = _eager(module)(
+                        module,
+                        states[tokens],
+                        picked[tokens, positions].unsqueeze(1),
+                        shares[tokens, positions].unsqueeze(1),
+                    )
+                del group
+                for (index, _, token), result in zip(
+                    mine, results.split([len(token) for _, _, token in mine]), strict=True
+                ):
+                    landed[index] = token, result
+                while following < len(wanted) and wanted[following] in landed:
+                    out.index_add_(0, *landed.pop(wanted[following]))
+                    following += 1
         return out
 
     def _look_ahead(self, states: torch.Tensor, picks: int) -> None:

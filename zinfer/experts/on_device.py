@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class DeviceExperts:
 
     def arrivals(
         self, layer: ExpertLayer, picked: Sequence[int], then: Callable[[], object] | None = None
-    ) -> Iterator[Landed]:
+    ) -> Generator[Landed, None, None]:
         """See ExpertSource; the calling thread's stream follows the copies."""
         self._device.enter()
         held: list[There] = []

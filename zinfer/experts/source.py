@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,7 +28,7 @@ class ExpertSource(Protocol):
 
     def arrivals(
         self, layer: ExpertLayer, picked: Sequence[int], then: Callable[[], object] | None = None
-    ) -> Iterator[Landed]:
+    ) -> Generator[Landed, None, None]:
         """The experts of `layer` that were `picked` (indices), with their tensors: as they land, several at a time.
 
         The tensors are valid until the next are asked for. All that are missing are requested at once, as far as there
