@@ -74,7 +74,11 @@ def open_cpu(
     )
     cache = None
     if slots:
-        cache = ExpertCache(device, parts.expert_layers, slots, parts.largest_expert)
+        try:
+            cache = ExpertCache(device, parts.expert_layers, slots, parts.largest_expert)
+        except BaseException:
+            device.close()
+            raise
     return Opened(device, parts.footprints, placement, account, experts=cache, host_experts=cache)
 
 
@@ -137,6 +141,8 @@ def open_attached(
             below = _host_experts(device, parts, slots[0])
             above = DeviceExperts(device, parts.expert_layers, slots[1], there.largest_expert, below)
         except BaseException:
+            if below is not None:
+                below.close()
             device.close()
             raise
     return Opened(device, there.footprints, placement, on_device, on_host, above, below)

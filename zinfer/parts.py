@@ -180,11 +180,16 @@ class Account:
         return ceiling + self.overhead
 
 
-def gather(model: nn.Module) -> list[Held]:
-    """Every distinct symbolic tensor of `model`, in registration order, with all slots tied to it."""
+def gather(model: nn.Module, *, by_expert: bool = False) -> list[Held]:
+    """Every distinct symbolic tensor of `model`, in registration order, with all slots tied to it.
+
+    `by_expert`: experts are to be read one by one.
+    """
     held: dict[int, Held] = {}
     whole = [module for module in model.modules() if isinstance(module, ONE_OPERATOR)]
-    single = {part for module in [*whole, *routers(model)] for part in module.modules()}
+    single = {
+        part for module in [*whole, *(routers(model) if by_expert else ())] for part in module.modules()
+    }
     for owner, attribute, name, tensor, is_parameter in parameter_slots(model):
         if isinstance(tensor, SymbolicTensor):
             if id(tensor) not in held:

@@ -138,9 +138,9 @@ def _planned(
     new_tokens: int,
 ) -> Plan:
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
-    held = gather(outline.model)
-    by_expert = streams_experts(outline.experts_asked, offload)
-    by_expert = by_expert and can_stream_experts(outline.model) and any(map(is_sliced, held))
+    by_expert = streams_experts(outline.experts_asked, offload) and can_stream_experts(outline.model)
+    held = gather(outline.model, by_expert=by_expert)
+    by_expert = by_expert and any(map(is_sliced, held))
     if by_expert:
         use_streamed_experts(outline.model)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
@@ -197,7 +197,7 @@ def _plan(
         on_host, there = (
             slots / sum(layer.count for layer, _ in parts.layers) for slots in task.expert_slots
         )
-        hit_rate = 1 - (1 - on_host) * (1 - there)
+        hit_rate = max(on_host, there)  # what was copied to the device came from the host
         crossing, decode = _with_hits(decode, sliced, there), _with_hits(decode, sliced, hit_rate)
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
     bounds = replace(bounds, pcie=sweep(crossing, sizes, hardware, device=device, host=host).pcie)

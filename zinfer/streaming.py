@@ -96,8 +96,8 @@ def stream(
     OutOfMemoryError where the memory that the plan counts with is not there.
     """
     free = default_budget()  # asked once, before anything is allocated
-    held = gather(model)
     by_expert = by_expert and can_stream_experts(model)
+    held = gather(model, by_expert=by_expert)
     parts = Parts(held, host_budget(target.host, free), allocated, by_expert=by_expert)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
     processor = target.processor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,17 +143,106 @@ def smallest_of(folder: str) -> int:
 def test_nan_in_the_routers_output_is_computed_as_in_memory(saved, monkeypatch, nothing_left):
     folder = saved("qwen3_moe")
     reference = architectures.reference("qwen3_moe", folder)
-    module = sys.modules[type(reference).__module__]
-    plain = module.Qwen3MoeTopKRouter.forward
 
-    def broken(self, *args, **kwargs):
-        logits, shares, picked = plain(self, *args, **kwargs)
-        return logits * float("nan"), shares * float("nan"), picked
+    class Broken(torch.nn.Module):
+        """States with NaN, before the router picks."""
 
-    monkeypatch.setattr(module.Qwen3MoeTopKRouter, "forward", broken)
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, states):
+            return self.inner(states) * torch.tensor([1.0, float("nan")]).repeat(states.shape[-1] // 2)
+
     with stream(folder, 1) as model, torch.no_grad():
+        for one in (model, reference):
+            layer = one.model.layers[0]
+            layer.post_attention_layernorm = Broken(layer.post_attention_layernorm)
         mine, expected = model(EIGHT).logits, reference(EIGHT).logits
     assert expected.isnan().any() and torch.equal(mine.isnan(), expected.isnan())
+
+
+def test_router_logits_are_those_of_each_layer_once(saved, nothing_left):
+    folder = saved("qwen3_moe")
+    reference = architectures.reference("qwen3_moe", folder)
+    with stream(folder, 1) as model, torch.no_grad():
+        mine = model(EIGHT, output_router_logits=True)
+        expected = reference(EIGHT, output_router_logits=True)
+    assert len(mine.router_logits) == len(expected.router_logits) == 2
+    assert all(map(torch.equal, mine.router_logits, expected.router_logits))
+    assert torch.equal(mine.aux_loss, expected.aux_loss)
+
+
+def test_an_autograd_graph_holds_no_expert_and_passes_no_gradient(saved, nothing_left):
+    folder = saved("qwen3_moe")
+    reference = architectures.reference("qwen3_moe", folder)
+    with stream(folder, 1) as model:
+        outputs = [model.model(ids).last_hidden_state for ids in EIGHT.split(1)]
+        for ids, output in zip(EIGHT.split(1), outputs, strict=True):
+            assert torch.equal(output, reference.model(ids).last_hidden_state)
+        with pytest.raises(zinfer.ReadOnlyError):
+            outputs[0].sum().backward()
+        del outputs, output
+
+
+def test_two_threads_that_wait_for_one_late_expert_both_get_it(saved, monkeypatch, nothing_left):
+    folder = saved("mixtral")
+    reference = architectures.reference("mixtral", folder)
+    with torch.no_grad():
+        expected = reference(EIGHT).logits
+    with stream_most(folder) as model:
+        host = experts_of(model)._host
+        read = host.read
+
+        class Late:
+            def __init__(self, request) -> None:
+                self.request, self.when = request, time.monotonic() + 0.003
+
+            def __getattr__(self, name):
+                return getattr(self.request, name)
+
+            @property
+            def done(self):
+                return time.monotonic() > self.when and self.request.done
+
+        monkeypatch.setattr(host, "read", lambda *args, **kwargs: Late(read(*args, **kwargs)))
+
+        def use(_: int) -> bool:
+            with torch.no_grad():
+                return all(torch.equal(model(EIGHT).logits, expected) for _ in range(4))
+
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(use, range(3)))
+
+
+def test_less_memory_holds_as_soon_as_those_in_use_are_done(saved, nothing_left):
+    folder = saved("qwen3_moe")
+    with stream(folder, 3 * weights_of(folder)) as model:
+        cache = experts_of(model)
+        layer = model.model.layers[0].mlp.experts.__dict__[forward.ATTRIBUTE].layer
+        arriving = cache.arrivals(layer, [0, 1, 2, 3])
+        group = next(arriving)
+        cache.resize(0)
+        assert cache.count > cache.allowed == 1, "they are in use"
+        del group
+        for _ in arriving:
+            pass
+        assert cache.count <= 1
+
+
+def test_tokens_that_pick_nobody_and_no_tokens_at_all(saved, nothing_left):
+    folder = saved("qwen3_moe")
+    reference = architectures.reference("qwen3_moe", folder)
+    with stream(folder, 1) as model, torch.no_grad():
+        pair = [one.model.layers[0].mlp.experts for one in (model, reference)]
+        states = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+        picked, shares = torch.tensor([[0, 8], [8, 8], [3, 1]]), torch.rand(3, 2)
+        mine, expected = (experts(states, picked, shares) for experts in pair)
+        assert torch.equal(mine, expected)
+        mine, expected = (experts(states[:0], picked[:0], shares[:0]) for experts in pair)
+        assert torch.equal(mine, expected)
+        mine, expected = (experts(states[1:2], picked[1:2], shares[1:2]) for experts in pair)
+        assert torch.equal(mine, expected)
 
 
 def test_threads_share_the_experts_that_are_there(saved, nothing_left):

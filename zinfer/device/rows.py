@@ -92,7 +92,7 @@ class Rows:
                 piece, region = self._piece(b - a)
                 fill(piece, a, b)
                 event = processor.copy([(target[a:b], piece)], after, urgent=True)
-                self._flying.append((event, [piece, region, block]))
+                self._flying.append((event, [piece, region]))
             if event is not None:
                 processor.follow(event)  # the last: those before it are on the same stream
             return target.view(dtype).view(shape)

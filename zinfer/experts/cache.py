@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +95,7 @@ class ExpertCache:
         ] = {}  # by position of the layer: numbers that were guessed and absent
         self._crowds: set[int] = set()  # positions of layers of which more than one in CROWD were named
         self._cancelled: list[Any] = []  # reads of wrong guesses: what the drive has begun has to end
+        self._served = 0  # times that a pass was done with an expert
         self._needed = 0  # experts at once, where that was more than have room
         self.trust = Trust()
         self.looks_ahead = True
@@ -127,8 +129,15 @@ class ExpertCache:
         self, layer: ExpertLayer, picked: Sequence[int], then: Callable[[], object] | None = None
     ) -> Generator[Landed, None, None]:
         """See ExpertSource; those that have landed together come together."""
+        arriving = self._arriving(layer, deque(layer.experts[index] for index in picked), then)
+        next(arriving)  # now, and not when the first is asked for
+        return arriving
+
+    def _arriving(
+        self, layer: ExpertLayer, waiting: deque[Expert], then: Callable[[], object] | None
+    ) -> Generator[Landed, None, None]:
+        """Request all, yield nothing; then yield what lands."""
         held: list[Slot] = []
-        waiting = deque(layer.experts[index] for index in picked)
         try:
             with self._lock:
                 self._refuse_closed()
@@ -139,6 +148,7 @@ class ExpertCache:
                 self._request(layer, waiting, held)
             if then is not None and not waiting:
                 then()
+            yield []
             while held or waiting:
                 if not held:
                     self._wait_for_room(layer, waiting, held)
@@ -157,20 +167,22 @@ class ExpertCache:
 
     def needs(self, picks: int) -> None:
         """See ExpertSource."""
-        if picks <= self.allowed or picks <= self._needed:
-            return
-        self._needed = picks
-        logger.warning("%s; the report counts what follows", self.notes[0])
+        with self._lock:
+            if picks <= self.allowed or picks <= self._needed:
+                return
+            self._needed = picks
+            (note,) = self.notes
+        logger.warning("%s; the report counts what follows", note)
 
     @property
     def notes(self) -> list[str]:
         """See ExpertSource."""
-        if self._needed <= self.allowed:
+        needed, allowed = self._needed, self.allowed
+        if needed <= allowed:
             return []
-        missing = (self._needed - self.allowed) * self.slot_bytes
         return [
-            f"a token takes {self._needed} experts of a layer, and {self.allowed} have room in host memory, so that "
-            f"none stays for the next token: raise max_memory['cpu'] by {missing} bytes"
+            f"a token takes {needed} experts of a layer, and {allowed} have room in host memory, so that none stays "
+            f"for the next token: raise max_memory['cpu'] by at least {(needed - allowed) * self.slot_bytes} bytes"
         ]
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
@@ -186,14 +198,12 @@ class ExpertCache:
             crowd = CROWD * len(absent) > layer.count  # a long prompt: most will be picked, whoever is right
             named = {expert.number for expert in absent}
             absent = [expert for expert in absent if expert.number not in self._slots]
-            self._guesses[layer.position] = {expert.number for expert in absent}
-            self._crowds.discard(layer.position)
-            if crowd:
-                self._crowds.add(layer.position)
+            self._forget_the_ended()
+            self._guesses[get_ident(), layer.position] = {expert.number for expert in absent}, crowd
             if not self.looks_ahead or not (crowd or self.trust.pays):
                 return
             room = self.allowed // AHEAD_SHARE
-            protected = named.union(*self._guesses.values())
+            protected = named | self._guessed
             victims = self._victims(before.position, protected)
             for expert in absent[:room]:
                 memory = self._room(victims)
@@ -225,22 +235,40 @@ class ExpertCache:
     def _learn(self, layer: ExpertLayer, numbers: set[int]) -> None:
         """`layer` runs, and picked `numbers`: what was guessed of it was right or wrong."""
         self._uses.visited(layer.position, sorted(numbers))
-        guesses = self._guesses.pop(layer.position, None)
-        if guesses is None:
+        found = self._guesses.pop((get_ident(), layer.position), None)
+        if found is None:
             return
-        if layer.position not in self._crowds:
+        guesses, crowd = found
+        if not crowd:
             self.trust.note(len(guesses & numbers), len(guesses))
-        for number in guesses - numbers:
+        for number in guesses - numbers - self._guessed:
             slot = self._slots.get(number)
-            if slot is not None and slot.guessed and slot.tensors is None and not slot.users:
+            if slot is not None and slot.guessed and not slot.users and not slot.request.done:
                 slot.request.cancel()
                 self._cancelled.append(slot.request)
+                self.counters.read_bytes -= (
+                    slot.request.nbytes
+                )  # what was read all the same comes back in the end
+                self.counters.guessed_bytes -= slot.request.nbytes
                 self._evict(slot)
+
+    @property
+    def _guessed(self) -> set[int]:
+        """Numbers that are named for layers still to run."""
+        return set().union(*(numbers for numbers, _ in self._guesses.values()))
+
+    def _forget_the_ended(self) -> None:
+        """Drop what threads named that have ended."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        for key in [key for key in self._guesses if key[0] not in alive]:
+            del self._guesses[key]
 
     def _wait_for_room(self, layer: ExpertLayer, waiting: deque[Expert], held: list[Slot]) -> None:
         """Other threads compute with all there is, or somebody keeps tensors: ask again and again."""
-        deadline = time.monotonic() + PATIENCE
+        deadline, served = time.monotonic() + PATIENCE, self._served
         while not held:
+            if served != self._served:  # others compute: one's turn will come
+                deadline, served = time.monotonic() + PATIENCE, self._served
             if time.monotonic() > deadline:
                 self._refuse(waiting[0])
             time.sleep(TURN)
@@ -295,7 +323,11 @@ class ExpertCache:
         held.append(slot)
 
     def _room(self, victims: Iterator[Slot]) -> tuple[memoryview, int] | None:
-        self._cancelled = [request for request in self._cancelled if not request.done]
+        for request in [request for request in self._cancelled if request.done]:
+            self._cancelled.remove(request)
+            moved = min(request.timing.transferred or 0, request.nbytes)
+            self.counters.read_bytes += moved
+            self.counters.guessed_bytes += moved
         while (room := self._memory.take()) is None:
             victim = next(victims, None)
             if victim is None:
@@ -308,7 +340,7 @@ class ExpertCache:
         """Whom to evict while the layer at that position runs, one after the other; guesses last of all."""
         idle = np.flatnonzero(self._idle)
         later: list[int] = []
-        guesses = {number for numbers in self._guesses.values() for number in numbers}
+        guesses = self._guessed
         for number in self._uses.latest(idle, layer):
             if number in protected:
                 continue
@@ -330,25 +362,33 @@ class ExpertCache:
 
     def _done(self, slot: Slot) -> None:
         slot.users -= 1
+        self._served += 1
         if slot.users or self._slots.get(slot.expert.number) is not slot:
             return
         self._idle[slot.expert.number] = True
-        if slot.tensors is None and slot.request.done:
-            # Nobody has seen its bytes: whoever asks next reads anew rather than meet an old failure.
+        failed = (
+            slot.tensors is None and slot.request.done
+        )  # whoever asks next reads anew, and meets no old failure
+        if failed or len(self._slots) > self.allowed:
             self._evict(slot)
 
     def _landed(self, held: list[Slot]) -> list[Slot]:
         """Those of `held` that are there, waiting for the first to land if none is."""
         started = None
         while True:
-            there = [slot for slot in held if slot.tensors is not None or slot.request.done]
+            requests = [
+                slot.request for slot in held
+            ]  # another thread may find one landed, and drop the request
+            there = [
+                slot for slot, request in zip(held, requests, strict=True) if request is None or request.done
+            ]
             if there:
                 if started is not None:
                     self.counters.wait_seconds += time.perf_counter() - started
                 return there
             if started is None:
                 started = time.perf_counter()
-            held[0].request.wait(LOOK_EVERY)
+            requests[0].wait(LOOK_EVERY)
 
     def _tensors(self, slot: Slot) -> list[torch.Tensor]:
         if slot.tensors is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-MEMORY = 0.98  # of what is known of guesses, this much counts after another layer
+MEMORY = 0.995  # of what is known of guesses, this much counts after another one
 ENOUGH = 64.0  # guesses that are looked at before any is trusted
 PAYS = 0.5  # of guesses have to be right: a wrong one costs a read, and an expert that was there
 
@@ -21,8 +21,9 @@ class Trust:
 
     def note(self, right: int, count: int) -> None:
         """Of `count` experts that were guessed and not in memory, `right` were picked."""
-        self._right = MEMORY * self._right + right
-        self._all = MEMORY * self._all + count
+        kept = MEMORY**count
+        self._right = kept * self._right + right
+        self._all = kept * self._all + count
 
     @property
     def share(self) -> float | None:
@@ -41,7 +42,7 @@ def guess(router: nn.Module, states: torch.Tensor, picks: int) -> Sequence[int]:
     None of them where it cannot say. The states are not yet those of its layer, but close: a layer adds little to them.
     """
     with torch.no_grad():
-        found = router(states)
+        found = router.forward(states)  # without hooks: whoever asked for the logits wants each once
     if isinstance(found, tuple):
         indices = [part for part in found if isinstance(part, torch.Tensor) and not part.is_floating_point()]
         if indices:

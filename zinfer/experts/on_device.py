@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from zinfer.device.assembly import Move, at_slab_edges
 from zinfer.device.attached import AttachedDevice
 from zinfer.device.host import flagged
 from zinfer.device.processor import Event
-from zinfer.errors import BudgetError, ClosedError
+from zinfer.errors import BudgetError, ClosedError, OutOfMemoryError
 from zinfer.experts.cache import PATIENCE, TURN, ExpertCache
 from zinfer.experts.eviction import Uses
 from zinfer.experts.layers import Expert, ExpertLayer, on_device
@@ -89,17 +90,20 @@ class DeviceExperts:
                     there.users += 1
                     held.append(there)
             self.hits += len(held)
+        present = {there.expert.index for there in held}
         try:
-            present = {there.expert.index for there in held}
-            if held:
-                yield self._followed(held)
-                self._done(held)
-            for group in self.below.arrivals(layer, [i for i in picked if i not in present], then):
-                # Many may have landed where few have room.
-                for expert, tensors in group:
-                    held.append(self._copy(layer, expert, tensors))
+            with closing(
+                self.below.arrivals(layer, [i for i in picked if i not in present], then)
+            ) as landing:
+                if held:
                     yield self._followed(held)
                     self._done(held)
+                for group in landing:
+                    # Many may have landed where few have room.
+                    for expert, tensors in group:
+                        held.append(self._copy(layer, expert, tensors))
+                        yield self._followed(held)
+                        self._done(held)
         finally:
             self._done(held)
 
@@ -166,7 +170,11 @@ class DeviceExperts:
                     return known
                 found = self._room(layer)
                 if found is not None:
-                    return self._start(expert, tensors, *found)
+                    try:
+                        return self._start(expert, tensors, *found)
+                    except BaseException:
+                        self._free.append(found[0])
+                        raise
             if time.monotonic() > deadline:
                 raise BudgetError(
                     f"{expert.name} needs {self.slot_bytes} bytes of the {self.limit} that experts may take on "
@@ -188,7 +196,7 @@ class DeviceExperts:
                 moves += at_slab_edges(target, source, self.below.pool)
                 whole = target.view(placed.dtype).view(placed.shape).unsqueeze(0)
                 made.append(flagged(whole, trained)[0])  # a view of a leaf, as `weight[index]` is
-            event = self._device.copy_now(moves, lease, expert.name, [moves, list(tensors)])
+            event = self._device.copy_now(moves, lease, expert.name, [list(tensors)])
         there = self._there[expert.number] = There(expert, arena, lease, event)
         there.tensors = made
         return there
@@ -208,7 +216,12 @@ class DeviceExperts:
                     self._arenas += 1
                     self._free.append(arena)
                     continue
-                self.allowed = self._most = max(1, self._arenas)  # there is no more
+                if not self._arenas:
+                    raise OutOfMemoryError(
+                        f"{self._device.name} tried to allocate {self._nbytes} bytes for an expert, and has not got "
+                        "them: end what else uses its memory"
+                    )
+                self.allowed = self._arenas  # until memory is divided again
             if not self._evict(layer.position):
                 return None
 

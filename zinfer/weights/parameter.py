@@ -177,7 +177,7 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     with torch.no_grad():
         out = func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
     _ended(args)
-    return _NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
+    return NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
 
 
 def _without_autocast_cache(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,7 +191,7 @@ def _without_autocast_cache(func: Callable[..., Any], args: tuple[Any, ...], kwa
         torch.set_autocast_cache_enabled(cached)
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """Passes the result of an operator on, and refuses the backward pass that would skip a streamed weight."""
 
     @staticmethod
@@ -306,7 +306,7 @@ def _assign_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if isinstance(value, torch.Tensor) and type(args[2]) is StreamedParameter:
         value = value.detach()
         if target.requires_grad and torch.is_grad_enabled():
-            value = _NoGradient.apply(target, value)
+            value = NoGradient.apply(target, value)
     func(target, _real(index), value)
     _ended((*(index if isinstance(index, tuple) else (index,)), args[2]))
 

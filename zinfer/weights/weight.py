@@ -53,7 +53,9 @@ class Weight:
         self.dtype = dtype
         self.provenance = provenance
         self.requires_grad = requires_grad  # no gradient ever flows, but torch picks kernels by the flag
-        self.rows_only = rows_only  # owned by an embedding alone: operators ask for rows, never for all of it
+        self.rows_only = (
+            rows_only  # operators ask for rows, never for all of it: an embedding's alone, or sliced
+        )
         self.slices = Slices() if sliced else None  # experts: read one by one, see zinfer.experts
         self.nbytes = prod(shape) * dtype.itemsize
         self.layout: Layout = lay_out(placements_of(provenance), allocated=allocated)
