@@ -82,12 +82,13 @@ class Point:
         first, last = (counts or {} for counts in self.mine.outcome.counts[:2])
         decode = self.mine.outcome.decode
         assert decode is not None
-        return decode.process.read / (last["busy_seconds"] - first["busy_seconds"]) / self.rate
+        busy = last["busy_seconds"] - first["busy_seconds"]
+        return decode.process.read / busy / self.rate if busy else 1.0
 
     @property
     def over_drive(self) -> float:
         """Seconds a token over its bytes at the drive's rate."""
-        return self.mine.seconds_a_token / (self.read / self.rate)
+        return self.mine.seconds_a_token * self.rate / self.read if self.read else 0.0
 
     @property
     def wasted(self) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import BenchmarkError
 from benchmarks.drive import drive_of
 from benchmarks.report import Requirement, Result, Spread, conclude, cores, main_of, table
-from benchmarks.worker import VARIED_IDS, weight_files
+from benchmarks.worker import vocabulary_of, weight_files
 
 WORSE = 1.02  # times the seconds without
 GB = 1e9
@@ -55,7 +55,7 @@ def decode(checkpoint: str, options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(cores())
     nbytes = sum(os.path.getsize(path) for path in weight_files(checkpoint))
-    dice = random.Random(0)
+    dice, ids_below = random.Random(0), vocabulary_of(checkpoint)
     blocks: dict[str, list[float]] = {"on": [], "off": []}
     with zinfer.run(
         checkpoint, offload="nvme", device="cpu", max_memory={"cpu": round(options.share * nbytes)}
@@ -64,7 +64,7 @@ def decode(checkpoint: str, options: argparse.Namespace) -> dict[str, Any]:
         if cache is None:
             raise BenchmarkError(f"{checkpoint}: no experts that are read one by one")
         past: Any = None
-        ids = torch.tensor([[dice.randrange(VARIED_IDS) for _ in range(4)]])
+        ids = torch.tensor([[dice.randrange(ids_below) for _ in range(4)]])
 
         def tokens(count: int) -> float:
             nonlocal past, ids
@@ -72,7 +72,7 @@ def decode(checkpoint: str, options: argparse.Namespace) -> dict[str, Any]:
             with torch.no_grad():
                 for _ in range(count):
                     past = model(input_ids=ids, past_key_values=past, use_cache=True).past_key_values
-                    ids = torch.tensor([[dice.randrange(VARIED_IDS)]])
+                    ids = torch.tensor([[dice.randrange(ids_below)]])
             return (time.perf_counter() - started) / count
 
         tokens(options.settling)

@@ -32,7 +32,6 @@ from benchmarks.spans import Clock, Phase
 from benchmarks.tools import Session
 
 UNCOUNTED = 2  # new tokens: prefill's, and the one after the pause; those in which a tool settles come on top
-VARIED_IDS = 30_000  # ids that are drawn lie below this
 SETTLED_SECONDS = 0.2  # without a byte read and next to no CPU used, the tool's look-ahead has come to rest
 SETTLED_CPU = 0.1  # cores
 SETTLE_LIMIT = 20.0
@@ -69,6 +68,11 @@ class Task:
     varied: bool = False
     uniform_routing: bool = False
     prefill: int = 0
+
+    @property
+    def varied_ids(self) -> int:
+        """Ids that are drawn lie below this."""
+        return vocabulary_of(self.checkpoint)
 
     @property
     def rows(self) -> list[list[int]]:
@@ -131,6 +135,12 @@ def weight_files(checkpoint: str) -> list[str]:
     if not files:
         raise BenchmarkError(f"{checkpoint}: no .safetensors file; make one with zinfer synth")
     return files
+
+
+def vocabulary_of(checkpoint: str) -> int:
+    """Ids of a model of text."""
+    with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+        return int(json.load(file)["vocab_size"])
 
 
 class Pauses:
@@ -199,12 +209,12 @@ def work(task: Task, drive: Drive, out: str) -> Outcome:
 
 
 def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, outcome: Outcome) -> None:
-    dice = random.Random(task.batch)
+    dice, ids = random.Random(task.batch), task.varied_ids
 
     def step(rows: list[list[int]]) -> list[list[int]]:
         found = session.step(rows)
         outcome.tokens += found
-        return [[dice.randrange(VARIED_IDS) if task.varied else token] for token in found]
+        return [[dice.randrange(ids) if task.varied else token] for token in found]
 
     last = step(task.rows)
     outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
@@ -239,7 +249,7 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
         session.restart()
         outcome.counts.append(session.counts)
         clock.restart()
-        session.step([[dice.randrange(VARIED_IDS) for _ in range(task.prefill)]])
+        session.step([[dice.randrange(ids) for _ in range(task.prefill)]])
         outcome.prefill = clock.span()
 
 

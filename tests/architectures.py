@@ -171,6 +171,36 @@ SPARSE: dict[str, tuple[type, object]] = {
     "minimax": (t.MiniMaxForCausalLM, t.MiniMaxConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2)),
 }  # fmt: skip
 
+# Routers that want more than the states; sums in another precision than the states'. Only where transformers has them.
+_UNUSUAL = {
+    "minimax_m2": ("MiniMaxM2", _HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "afmoe": ("Afmoe", _MOE | {"num_dense_layers": 0, "num_shared_experts": 1}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        _DENSE
+        | _MOE
+        | {
+            "num_hidden_layers": 3,
+            "num_dense_layers": 0,
+            "layer_types": ["conv", "full_attention", "full_attention"],
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        _HEADS
+        | {
+            "layers_block_type": ["moe", "attention", "moe"],
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+for _name, (_prefix, _fields) in _UNUSUAL.items():
+    if hasattr(t, f"{_prefix}ForCausalLM"):
+        _config = getattr(t, f"{_prefix}Config")(**_fields)
+        SPARSE[_name] = (getattr(t, f"{_prefix}ForCausalLM"), _config)
+
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> t.PreTrainedModel:
     """The seeded random model called `name`, in eval mode."""

@@ -127,17 +127,6 @@ def test_a_cache_too_small_for_one_tokens_experts_says_so_and_works(saved, caplo
     told = [record.getMessage() for record in caplog.records if "experts of a layer" in record.getMessage()]
     assert len(told) == 1 and told[0].startswith(note)
     assert "a token takes 2 experts of a layer, and 1 have room" in note
-    more = int(note.split(" by ")[1].split()[0])
-    with zinfer.run(folder, offload="nvme", max_memory={"cpu": smallest_of(folder) + more}) as model:
-        assert experts_of(model).allowed >= 2
-
-
-def smallest_of(folder: str) -> int:
-    """Bytes of the smallest budget that works."""
-    with pytest.raises(zinfer.BudgetError) as caught:
-        zinfer.run(folder, offload="nvme", max_memory={"cpu": 1})
-    assert caught.value.smallest is not None
-    return caught.value.smallest
 
 
 def test_nan_in_the_routers_output_is_computed_as_in_memory(saved, monkeypatch, nothing_left):
@@ -359,12 +348,12 @@ def test_wrong_guesses_are_dropped_and_stop(saved, monkeypatch, nothing_left):
 
     def wrong(router, states, picks):
         true = {int(index) for index in guess(router, states, picks)}
-        return [index for index in range(8) if index not in true]
+        return [index for index in range(8) if index not in true][:4]
 
     monkeypatch.setattr(forward, "guess", wrong)
     with stream_most(folder) as model, torch.no_grad():
         cache = experts_of(model)
-        cache.trust.note(64, 64)
+        cache.trust.note(8, 8)
         assert cache.trust.pays
         for ids in EIGHT[:, :1].repeat(20, 1).split(1):
             assert torch.equal(reference(ids).logits, model(ids).logits)

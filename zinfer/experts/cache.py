@@ -182,7 +182,7 @@ class ExpertCache:
             return []
         return [
             f"a token takes {needed} experts of a layer, and {allowed} have room in host memory, so that none stays "
-            f"for the next token: raise max_memory['cpu'] by at least {(needed - allowed) * self.slot_bytes} bytes"
+            "for the next token: raise max_memory['cpu']"
         ]
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
