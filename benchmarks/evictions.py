@@ -31,7 +31,12 @@ TEXT = ("README.md", "docs/design.md")  # what the models read, byte by byte
 SKEWS = ("none", "mild", "strong")
 ROWS = (1, 8)  # sequences that decode together: each reads on from a place of its own
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.7)  # of all experts, what a cache holds
-CONFIG = {"hidden_size": 512, "intermediate_size": 512, "moe_intermediate_size": 64, "num_hidden_layers": 12}
+CONFIG: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 12,
+}
 CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512}
 CONFIG |= {"num_experts": 64, "num_experts_per_tok": 8, "max_position_embeddings": 8192}
 NEAR = 0.01  # the policy in use may trail the best of the others by this hit rate, the mean over all

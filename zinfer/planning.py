@@ -194,11 +194,9 @@ def _plan(
         sliced = {
             index for index, weight in zip(of_weight, parts.weights, strict=True) if weight.slices is not None
         }
-        on_host, there = (
-            slots / sum(layer.count for layer, _ in parts.layers) for slots in task.expert_slots
-        )
-        hit_rate = max(on_host, there)  # what was copied to the device came from the host
-        crossing, decode = _with_hits(decode, sliced, there), _with_hits(decode, sliced, hit_rate)
+        below, above = (slots / sum(layer.count for layer, _ in parts.layers) for slots in task.expert_slots)
+        hit_rate = max(below, above)  # what was copied to the device came from the host
+        crossing, decode = _with_hits(decode, sliced, above), _with_hits(decode, sliced, hit_rate)
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
     bounds = replace(bounds, pcie=sweep(crossing, sizes, hardware, device=device, host=host).pcie)
     chunk = task.chunk(batch)

@@ -90,10 +90,8 @@ class ExpertCache:
         self._idle = np.zeros(
             sum(layer.count for layer in layers), dtype=bool
         )  # there or coming, without users
-        self._guesses: dict[
-            int, set[int]
-        ] = {}  # by position of the layer: numbers that were guessed and absent
-        self._crowds: set[int] = set()  # positions of layers of which more than one in CROWD were named
+        # By thread and position of the layer: numbers that were named and absent; and whether most of them were.
+        self._guesses: dict[tuple[int, int], tuple[set[int], bool]] = {}
         self._cancelled: list[Any] = []  # reads of wrong guesses: what the drive has begun has to end
         self._served = 0  # times that a pass was done with an expert
         self._needed = 0  # experts at once, where that was more than have room

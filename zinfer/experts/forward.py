@@ -79,7 +79,7 @@ class StreamedExperts:
         with torch.no_grad():
             out = self._computed(module, states, picked, shares)
         trained = torch.is_grad_enabled() and states.requires_grad
-        return NoGradient.apply(states, out) if trained else out  # type: ignore[no-any-return]
+        return NoGradient.apply(states, out) if trained else out
 
     def _computed(
         self, module: nn.Module, states: torch.Tensor, picked: torch.Tensor, shares: torch.Tensor

@@ -205,16 +205,16 @@ class DeviceExperts:
         """A slot, which another expert has to leave where there is no free one; None while all are in use."""
         while True:
             for _ in range(len(self._free)):
-                arena = self._free.popleft()
-                lease = arena.acquire(self._nbytes)
+                free = self._free.popleft()
+                lease = free.acquire(self._nbytes)
                 if lease is not None:
-                    return arena, lease
-                self._free.append(arena)
+                    return free, lease
+                self._free.append(free)
             if self._arenas < self.allowed:
-                arena = self._device.own_arena(self._nbytes)
-                if arena is not None:
+                made = self._device.own_arena(self._nbytes)
+                if made is not None:
                     self._arenas += 1
-                    self._free.append(arena)
+                    self._free.append(made)
                     continue
                 if not self._arenas:
                     raise OutOfMemoryError(
