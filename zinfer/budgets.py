@@ -12,7 +12,7 @@ from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
 from zinfer.parts import Held, Parts, PartsOnDevice, least_budget
 from zinfer.planner.memory import free_memory, total_memory
-from zinfer.planner.placement import Placement, place, smallest
+from zinfer.planner.placement import ROWS_WINDOW, Placement, all_resident, place, smallest
 from zinfer.planner.tiers import Tiers, place_on_tiers
 
 logger = logging.getLogger("zinfer")
@@ -87,8 +87,23 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
     if not parts.footprints:
         return Placement(frozenset(), 0, 0, 0)
     available = budget - parts.fixed
+    return place(parts.footprints, available - cpu_reserve(parts, available))
+
+
+def cpu_reserve(parts: Parts, available: int) -> int:
+    """Bytes of `available` that are kept for experts on a CPU, before other weights are placed.
+
+    Where not all experts fit, tables of rows do not stay: reading a row takes less time than the expert that fits in
+    the table's place saves.
+    """
+    if not parts.layers:
+        return 0
+    others = [item for item in parts.footprints if not item.sliced]
     reserve = expert_reserve(parts.largest_expert, available, smallest(parts.footprints))
-    return place(parts.footprints, available - reserve)
+    if parts.expert_bytes <= available - all_resident(others):
+        return reserve
+    tables = sum(item.resident for item in others if item.rows_only and item.window > ROWS_WINDOW)
+    return max(reserve, available - max(all_resident(others) - tables, smallest(parts.footprints)))
 
 
 def expert_reserve(nbytes: int, available: int, least: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from zinfer.budgets import HEADROOM, HEADROOM_SHARE, divide_tiers, expert_reserve, expert_slots, less_headroom
+from zinfer.budgets import HEADROOM, HEADROOM_SHARE, cpu_reserve, divide_tiers, expert_slots, less_headroom
 from zinfer.device.cuda import allocated_by_torch
 from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
@@ -143,9 +143,7 @@ class Task:
                 "prompt smaller"
             )
         within = min(available - cache, left) if streams else available
-        reserve = (
-            expert_reserve(parts.largest_expert, available, smallest(parts.footprints)) if parts.layers else 0
-        )
+        reserve = cpu_reserve(parts, available)
         # As a run has it: experts make room for caches first.
         beside = max(within - reserve, smallest(parts.footprints)) if parts.layers else within
         tiers = place_on_cpu(parts.footprints, available - reserve, beside, batch if streams else 1)
