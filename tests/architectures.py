@@ -158,6 +158,7 @@ ALL = CAUSAL | ENCODER | SEQ2SEQ
 # Mixtures of experts that transformers dispatches; those of ALL, and more.
 SPARSE: dict[str, tuple[type, object]] = {
     **{name: ALL[name] for name in ("mixtral", "qwen3_moe", "olmoe", "granite_moe", "gpt_oss", "qwen3_next")},
+    "qwen3_moe_eager_experts": ALL["qwen3_moe_eager_experts"],  # asked for by the config
     "deepseek_v3": ALL["deepseek_v3"],
     "deepseek_v2": (t.DeepseekV2ForCausalLM, _deepseek(t.DeepseekV2Config)),
     "qwen2_moe": (t.Qwen2MoeForCausalLM, t.Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=32)),

@@ -98,6 +98,7 @@ class Parts:
         self.small_bytes = _small_bytes(self.small)
         self.fixed = self.small_bytes + self.bounce
         self.largest_expert = max((layer.slot_bytes for layer, _ in self.layers), default=0)
+        self.sliced_bytes = sum(weight.nbytes for weight in self.weights if weight.slices is not None)
         self.expert_bytes = self.largest_expert * sum(layer.count for layer, _ in self.layers)
 
     @property

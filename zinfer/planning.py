@@ -230,6 +230,10 @@ def _plan(
         ]
     small_bytes = task.on_device(parts).small_bytes if hardware.has_device else parts.small_bytes
     total = sum(nbytes) + small_bytes
+    all_there = [slots * parts.largest_expert >= parts.expert_bytes for slots in task.expert_slots]
+    # What is expected to be in the caches of experts; what is on the device came from the host's, and counts there.
+    of_experts = [min(slots * parts.largest_expert, parts.sliced_bytes) for slots in task.expert_slots]
+    on_device, on_host = on_device + of_experts[1], on_host + max(0, of_experts[0] - of_experts[1])
     return Plan(
         model=outline.name,
         hardware=hardware.name,
@@ -263,7 +267,11 @@ def _plan(
         notes=tuple(notes),
         sources=dict(hardware.sources),
         tiers={
-            weight.name: "device" if i in tiers.device else "host" if i in tiers.host else "nvme"
+            weight.name: "device"
+            if i in tiers.device or (weight.slices is not None and all_there[1])
+            else "host"
+            if i in tiers.host or (weight.slices is not None and all_there[0])
+            else "nvme"
             for i, weight in enumerate(parts.weights)
         },
     )

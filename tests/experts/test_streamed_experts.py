@@ -209,6 +209,8 @@ def test_less_memory_holds_as_soon_as_those_in_use_are_done(saved, nothing_left)
     with stream(folder, 3 * weights_of(folder)) as model:
         cache = experts_of(model)
         layer = model.model.layers[0].mlp.experts.__dict__[forward.ATTRIBUTE].layer
+        while cache._memory.present < 4:
+            time.sleep(0.01)
         arriving = cache.arrivals(layer, [0, 1, 2, 3])
         group = next(arriving)
         cache.resize(0)
