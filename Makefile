@@ -13,7 +13,7 @@ demo: build
 	$(RUN) -m examples.demo
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --durations=15
 
 lint: build
 	$(VENV)/bin/ruff check .

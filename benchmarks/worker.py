@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class Task:
     of the weights. `max_memory`: zinfer's budget in bytes, None for its default. `probe_seconds`: how long the
     parent measures the drive, before and after the counted tokens; 0: not at all. `probe_bytes`: memory that it
     reads into when it measures a second time; 0: no second time. `settling`: tokens between prefill and pause, in which
-    residents come to stay.
+    residents come to stay. `varied`: each step is fed ids that were drawn, not those that were found: with random
+    weights a greedy model repeats one. `uniform_routing`: the experts of each token and layer are drawn, each alike.
+    `prefill`: tokens of another prompt, drawn, that a new sequence begins with in the end; 0: none.
     """
 
     tool: str
@@ -62,6 +65,14 @@ class Task:
     probe_seconds: float = 1.0
     probe_bytes: int = 0
     settling: int = 0
+    varied: bool = False
+    uniform_routing: bool = False
+    prefill: int = 0
+
+    @property
+    def varied_ids(self) -> int:
+        """Ids that are drawn lie below this."""
+        return vocabulary_of(self.checkpoint)
 
     @property
     def rows(self) -> list[list[int]]:
@@ -92,6 +103,7 @@ class Outcome:
     the parent. `engine_first_token` is the tool's own count of bytes for `first_token`, `resident` is weights in
     memory for good (zinfer only), `resident_each` the same after each token from the first pause on. `rested` is from
     the end of the first pause to the rest before the second, when the tool had read ahead what `read_ahead` says.
+    `counts`: the tool's own, before and after the counted tokens, and before the `prefill` of another sequence.
     """
 
     tool: str
@@ -111,6 +123,8 @@ class Outcome:
     resident_each: list[int | None] = field(default_factory=list)
     rested: Phase | None = None
     read_ahead: list[int | None] = field(default_factory=list)
+    counts: list[dict[str, float] | None] = field(default_factory=list)
+    prefill: Phase | None = None
     engine_first_token: int | None = None
     report: dict[str, Any] | None = None
 
@@ -121,6 +135,12 @@ def weight_files(checkpoint: str) -> list[str]:
     if not files:
         raise BenchmarkError(f"{checkpoint}: no .safetensors file; make one with zinfer synth")
     return files
+
+
+def vocabulary_of(checkpoint: str) -> int:
+    """Ids of a model of text."""
+    with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+        return int(json.load(file)["vocab_size"])
 
 
 class Pauses:
@@ -189,10 +209,12 @@ def work(task: Task, drive: Drive, out: str) -> Outcome:
 
 
 def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, outcome: Outcome) -> None:
+    dice, ids = random.Random(task.batch), task.varied_ids
+
     def step(rows: list[list[int]]) -> list[list[int]]:
         found = session.step(rows)
         outcome.tokens += found
-        return [[token] for token in found]
+        return [[dice.randrange(ids) if task.varied else token] for token in found]
 
     last = step(task.rows)
     outcome.first_token, outcome.from_start = clock.span(), seconds_since_start()
@@ -208,6 +230,7 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
     outcome.read_ahead.append(session.read_ahead)
     last = step(last)
     outcome.resident_each.append(session.resident)
+    outcome.counts.append(session.counts)
     whole = Clock(clock.drive)
     for _ in range(task.new_tokens - UNCOUNTED - task.settling):
         clock.restart()
@@ -215,12 +238,19 @@ def _decode(session: Session, task: Task, clock: Clock, pauses: Pauses | None, o
         outcome.tokens_each.append(clock.span())
         outcome.resident_each.append(session.resident)
     outcome.decode = whole.span()
+    outcome.counts.append(session.counts)
     if pauses:
         pauses.rest()
     outcome.rested = rested.span()
     outcome.read_ahead.append(session.read_ahead)
     if pauses:
         pauses.take()
+    if task.prefill:
+        session.restart()
+        outcome.counts.append(session.counts)
+        clock.restart()
+        session.step([[dice.randrange(ids) for _ in range(task.prefill)]])
+        outcome.prefill = clock.span()
 
 
 def read_outcome(path: str) -> Outcome:
@@ -235,7 +265,8 @@ def read_outcome(path: str) -> Outcome:
 
     for key in ("tokens_each", "probes"):
         fields[key] = [phase(value) for value in fields[key]]
-    return Outcome(**{**fields, **{key: phase(fields[key]) for key in ("first_token", "decode", "rested")}})
+    single = [key for key in ("first_token", "decode", "rested", "prefill") if fields[key] is not None]
+    return Outcome(**{**fields, **{key: phase(fields[key]) for key in single}})
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ _MOE = _HEADS | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per
 _GPT = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
-def _deepseek() -> t.DeepseekV3Config:
-    return t.DeepseekV3Config(
+def _deepseek(cls: type = t.DeepseekV3Config) -> t.PreTrainedConfig:
+    return cls(
         **(_DENSE | {"num_key_value_heads": 4}),
         moe_intermediate_size=32,
         n_routed_experts=8,
@@ -155,12 +155,67 @@ SEQ2SEQ: dict[str, tuple[type, object]] = {
 
 ALL = CAUSAL | ENCODER | SEQ2SEQ
 
+# Mixtures of experts that transformers dispatches; those of ALL, and more.
+SPARSE: dict[str, tuple[type, object]] = {
+    **{name: ALL[name] for name in ("mixtral", "qwen3_moe", "olmoe", "granite_moe", "gpt_oss", "qwen3_next")},
+    "qwen3_moe_eager_experts": ALL["qwen3_moe_eager_experts"],  # asked for by the config
+    "deepseek_v3": ALL["deepseek_v3"],
+    "deepseek_v2": (t.DeepseekV2ForCausalLM, _deepseek(t.DeepseekV2Config)),
+    "qwen2_moe": (t.Qwen2MoeForCausalLM, t.Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=32)),
+    "glm4_moe": (
+        t.Glm4MoeForCausalLM,
+        t.Glm4MoeConfig(
+            **_HEADS, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+            first_k_dense_replace=1,
+        ),
+    ),
+    "minimax": (t.MiniMaxForCausalLM, t.MiniMaxConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2)),
+}  # fmt: skip
+
+# Routers that want more than the states; sums in another precision than the states'. Only where transformers has them.
+_UNUSUAL = {
+    "minimax_m2": ("MiniMaxM2", _HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "afmoe": ("Afmoe", _MOE | {"num_dense_layers": 0, "num_shared_experts": 1}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        _DENSE
+        | _MOE
+        | {
+            "num_hidden_layers": 3,
+            "num_dense_layers": 0,
+            "layer_types": ["conv", "full_attention", "full_attention"],
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        _HEADS
+        | {
+            "layers_block_type": ["moe", "attention", "moe"],
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+for _name, (_prefix, _fields) in _UNUSUAL.items():
+    if hasattr(t, f"{_prefix}ForCausalLM"):
+        _config = getattr(t, f"{_prefix}Config")(**_fields)
+        SPARSE[_name] = (getattr(t, f"{_prefix}ForCausalLM"), _config)
+
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> t.PreTrainedModel:
     """The seeded random model called `name`, in eval mode."""
-    cls, config = ALL[name]
+    cls, config = (ALL | SPARSE)[name]
     torch.manual_seed(seed)
     return cls(copy.deepcopy(config)).to(dtype).eval()
+
+
+def reference(name: str, folder: str, **options: object) -> t.PreTrainedModel:
+    """The model in `folder` held in memory, computed as zinfer promises to: experts by the model's own "eager" code."""
+    cls = (ALL | SPARSE)[name][0]
+    if name in SPARSE:
+        options = {"experts_implementation": "eager"} | options
+    return cls.from_pretrained(folder, **options).eval()
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

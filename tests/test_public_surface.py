@@ -46,6 +46,7 @@ LAYERS = [
     "device",
     "coordinator",
     "planner",
+    "experts",
     "store",
     "locate",
     "parts",

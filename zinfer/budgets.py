@@ -12,12 +12,14 @@ from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
 from zinfer.parts import Held, Parts, PartsOnDevice, least_budget
 from zinfer.planner.memory import free_memory, total_memory
-from zinfer.planner.placement import Placement, place
+from zinfer.planner.placement import ROWS_WINDOW, Placement, all_resident, place, smallest
 from zinfer.planner.tiers import Tiers, place_on_tiers
 
 logger = logging.getLogger("zinfer")
 
 CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
+EXPERTS_AT_ONCE = 16  # for so many there is room even where weights of every token have to stream
+EXPERT_SHARE = 4  # ... if they take no more than this part of what weights may take
 HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
 HEADROOM_SHARE = (
     16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
@@ -82,9 +84,52 @@ def place_on_host(parts: Parts, held: Sequence[Held], offload: str) -> Placement
             f"{needed} bytes{remedy}{_shortage(needed)}",
             needed,
         )
-    return (
-        place(parts.footprints, budget - parts.fixed) if parts.footprints else Placement(frozenset(), 0, 0, 0)
-    )
+    if not parts.footprints:
+        return Placement(frozenset(), 0, 0, 0)
+    available = budget - parts.fixed
+    return place(parts.footprints, available - cpu_reserve(parts, available))
+
+
+def cpu_reserve(parts: Parts, available: int) -> int:
+    """Bytes of `available` that are kept for experts on a CPU, before other weights are placed.
+
+    Where not all experts fit, tables of rows do not stay: reading a row takes less time than the expert that fits in
+    the table's place saves.
+    """
+    if not parts.layers:
+        return 0
+    others = [item for item in parts.footprints if not item.sliced]
+    reserve = expert_reserve(parts.largest_expert, available, smallest(parts.footprints))
+    if parts.expert_bytes <= available - all_resident(others):
+        return reserve
+    tables = sum(item.resident for item in others if item.rows_only and item.window > ROWS_WINDOW)
+    return max(reserve, available - max(all_resident(others) - tables, smallest(parts.footprints)))
+
+
+def expert_reserve(nbytes: int, available: int, least: int) -> int:
+    """Bytes of `available` that are kept for experts of `nbytes` each, read one by one, before others are placed.
+
+    Few: what every token needs comes first, an expert's memory pays only when the router picks it again. Other weights
+    take `least` bytes.
+    """
+    wanted = min(EXPERTS_AT_ONCE * nbytes, available // EXPERT_SHARE)
+    return max(nbytes, min(wanted, available - least))
+
+
+def expert_slots(
+    parts: Parts, there: PartsOnDevice, tiers: Tiers, budget: int, *, kv_offload: bool
+) -> tuple[int, int]:
+    """How many experts have room beside `tiers`: in host memory, and on a device of which `budget` bytes are used.
+
+    Caches that go to the host have their part of it, and so have weights that may have to leave the device for others.
+    """
+    if not parts.layers:
+        return 0, 0
+    left = parts.budget - parts.bounce - tiers.host_bytes - tiers.host_window - tiers.conversions
+    left -= parts.budget // CACHE_SHARE if kv_offload else 0
+    left -= min(left // EXPERT_SHARE, sum(parts.weights[index].layout.nbytes for index in tiers.device))
+    taken = there.small_bytes + tiers.device_bytes + tiers.device_window + tiers.device_conversions
+    return max(parts.expert_slots(left), 1), max(there.expert_slots(budget - taken), 1)
 
 
 def tiers_within(
@@ -123,17 +168,29 @@ def divide_tiers(
 ) -> Tiers:
     """place_on_tiers with `budget` bytes of the device, and the host's budget of `parts`; small tensors come first.
 
-    Raises what that raises: with bytes for weights alone.
+    Raises what that raises: with bytes for weights and an expert that is read by itself.
     """
     drive, host = offload in ("auto", "nvme"), parts.budget - parts.bounce
     on_device = budget - there.small_bytes
+    expert = parts.largest_expert
+    on_device -= expert_reserve(there.largest_expert, on_device, smallest(there.footprints)) if expert else 0
+
+    def placed(host: int) -> Tiers:
+        # Of the host, other weights need least what passes to the device: the largest of them.
+        passing = max((footprint.window for footprint in there.footprints if not footprint.sliced), default=0)
+        return place_on_tiers(
+            there.footprints, on_device, host - expert_reserve(expert, host, 2 * passing), drive=drive
+        )
+
     if kv_offload:
         try:
-            kept = parts.budget // CACHE_SHARE
-            return place_on_tiers(there.footprints, on_device, host - kept, drive=drive)
+            return placed(host - parts.budget // CACHE_SHARE)
         except BudgetError as error:
-            host = min(host, error.smallest or host)  # caches get what is left
-    return place_on_tiers(there.footprints, on_device, host, drive=drive)
+            host = min(host, (error.smallest or host) + expert)  # caches get what is left
+    try:
+        return placed(host)
+    except BudgetError as error:
+        raise BudgetError(str(error), (error.smallest or 0) + expert) from error
 
 
 def _shortage(needed: int) -> str:

@@ -29,6 +29,8 @@ CACHE = "past_key_values"
 class CachesOnHost:
     """The key-value caches of one model, in what its budget of host memory leaves beside the weights.
 
+    Those that may have to leave the device count as well, beyond the part that is kept for caches.
+
     A cache goes there when a pass is to fill it that nobody gave one, or that has generate()'s own. One that the
     caller made stays as it is. Any thread may call any method; each cache belongs to one thread at a time.
     """
@@ -43,10 +45,12 @@ class CachesOnHost:
     ) -> None:
         processor = device.processor
         page_lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
-        self._weights = host.residents + host.window + host.conversions + host.small + host.bounce
+        self._weights = (
+            host.residents + host.window + host.conversions + host.small + host.bounce + host.experts
+        )
         self._ceiling = host.ceiling
         self._space = Space(
-            host.ceiling - self._weights,
+            host.ceiling - self._weights - device.spare_bytes,
             page_lock=page_lock,
             current=processor.current,
             page_locks=device.page_locks,

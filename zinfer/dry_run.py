@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from zinfer.experts.forward import NAME
 from zinfer.parts import Held
 from zinfer.pass_recorder import Recorder, storage_of
 from zinfer.planner.cost import Work
@@ -81,7 +82,7 @@ def _strip(model: nn.Module, held: Sequence[Held]) -> dict[int, int]:
 
 def _fuse_experts(model: Any) -> bool:
     """Make experts run without looking at which are chosen; whether the model reads only those that are."""
-    on_demand = getattr(model.config, "_experts_implementation", None) == "eager"
+    on_demand = getattr(model.config, "_experts_implementation", None) in ("eager", NAME)
     with contextlib.suppress(ValueError, AttributeError):  # a model without experts
         model.set_experts_implementation("grouped_mm")
     return on_demand

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from zinfer.budgets import device_budget, place_on_host, tiers_within
-from zinfer.device.attached import AttachedDevice
+from zinfer.budgets import CACHE_SHARE, device_budget, expert_slots, place_on_host, tiers_within
+from zinfer.device.attached import MEMORY, AttachedDevice
 from zinfer.device.cpu import CpuDevice
 from zinfer.device.device import Device
+from zinfer.device.moved import Spare
 from zinfer.device.processor import Processor
+from zinfer.experts.cache import ExpertCache
+from zinfer.experts.on_device import DeviceExperts
+from zinfer.experts.source import ExpertSource
 from zinfer.parts import Account, Held, Parts, PartsOnDevice
 from zinfer.planner.placement import Footprint, Placement
 from zinfer.timeline.recorder import Recorder
@@ -37,6 +42,8 @@ class Opened:
     placement: Placement
     account: Account
     host: Account | None = None
+    experts: ExpertSource | None = None
+    host_experts: ExpertCache | None = None
 
 
 def open_cpu(
@@ -48,6 +55,9 @@ def open_cpu(
         parts.weights[index].wants_residence = True
     residents = [weight for weight in parts.weights if weight.wants_residence and weight.placed is not None]
     in_memory = offload in ("cpu", "none")
+    slots = 0
+    if parts.layers:
+        slots = parts.expert_slots(parts.budget - parts.fixed - placement.total_bytes)
     device = CpuDevice(
         paths, residents, placement.window_bytes, parts.bounce, at_once=in_memory, recorder=recorder
     )
@@ -60,8 +70,16 @@ def open_cpu(
         small=parts.small_bytes,
         bounce=parts.bounce,
         key="cpu",
+        experts=slots * parts.largest_expert,
     )
-    return Opened(device, parts.footprints, placement, account)
+    cache = None
+    if slots:
+        try:
+            cache = ExpertCache(device, parts.expert_layers, slots, parts.largest_expert)
+        except BaseException:
+            device.close()
+            raise
+    return Opened(device, parts.footprints, placement, account, experts=cache, host_experts=cache)
 
 
 def open_attached(
@@ -79,7 +97,9 @@ def open_attached(
     tiers = tiers_within(parts, there, offload, budget, processor, kv_offload=target.kv_offload)
     for index in tiers.device:
         parts.weights[index].wants_residence = True
-    planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
+    slots = expert_slots(parts, there, tiers, budget, kv_offload=target.kv_offload)
+    experts = slots[0] * parts.largest_expert
+    planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce + experts
     device = AttachedDevice(
         processor,
         paths,
@@ -88,7 +108,7 @@ def open_attached(
         tiers.device_window,
         parts.bounce,
         limit=budget,
-        spare=0 if target.kv_offload else max(parts.budget - planned, 0),  # caches are to have it
+        spare=_spare(parts, parts.budget - planned, tiers.device, target),
         recorder=recorder,
     )
     placement = Placement(tiers.device, tiers.device_bytes, tiers.device_window, tiers.device_conversions)
@@ -102,6 +122,7 @@ def open_attached(
         bounce=0,
         key=processor.number,
         overhead=processor.overhead,
+        experts=slots[1] * there.largest_expert,
     )
     on_host = Account(
         ceiling=parts.budget,
@@ -112,5 +133,36 @@ def open_attached(
         small=0,
         bounce=parts.bounce,
         key="cpu",
+        experts=experts,
     )
-    return Opened(device, there.footprints, placement, on_device, on_host)
+    below = above = None
+    if parts.layers:
+        try:
+            below = _host_experts(device, parts, slots[0])
+            above = DeviceExperts(device, parts.expert_layers, slots[1], there.largest_expert, below)
+        except BaseException:
+            if below is not None:
+                below.close()
+            device.close()
+            raise
+    return Opened(device, there.footprints, placement, on_device, on_host, above, below)
+
+
+def _host_experts(device: AttachedDevice, parts: Parts, slots: int) -> ExpertCache:
+    """`slots` experts in page-locked memory, where the device has that."""
+    lock: Literal["auto", "off"] = "auto" if device.processor.page_locks else "off"
+    with device.processor.current():
+        cache = ExpertCache(device, parts.expert_layers, slots, parts.largest_expert, lock)
+    device.page_locks.check([cache.pool], MEMORY, None)
+    return cache
+
+
+def _spare(parts: Parts, left: int, on_device: frozenset[int], target: Target) -> Spare:
+    """What weights that leave the device can have of the `left` bytes of the host's budget.
+
+    Where caches go to host memory, those keep their part of the budget, and all that no weight could ever ask for.
+    """
+    if not target.kv_offload:
+        return Spare(left)
+    most = sum(parts.weights[index].layout.nbytes for index in on_device)
+    return Spare(min(left - parts.budget // CACHE_SHARE, most), CACHE_SHARE)

@@ -36,12 +36,16 @@ SHARD_BYTES = 5_000_000_000  # as `zinfer synth` and the hub's tools split
 
 @dataclass(frozen=True)
 class Outline:
-    """`model`: a symbolic one, no byte of it read. `folder`: where its checkpoint lies, None for a config alone."""
+    """`model`: a symbolic one, no byte of it read. `folder`: where its checkpoint lies, None for a config alone.
+
+    `experts_asked`: the experts implementation that the user asked for, if any.
+    """
 
     name: str
     model: Any
     folder: str | None
     dtype: str
+    experts_asked: str | None = None
 
 
 def outline_of(model: Any, dtype: Any, options: dict[str, Any]) -> Outline:
@@ -90,12 +94,14 @@ def _from_checkpoint(folder: str, dtype: Any, options: dict[str, Any]) -> Outlin
     check_config(config, folder)
     unused.pop("trust_remote_code", None)
     cls = model_class(config, folder, bool(options.get("trust_remote_code")))
+    asked = options.get("experts_implementation", getattr(config, "_experts_implementation", None))
     model: Any = symbolic_model(open_checkpoint(folder), config, cls, dtype, unused)
-    return Outline(os.path.basename(os.path.abspath(folder)), model, folder, _name_of(model.dtype))
+    return Outline(os.path.basename(os.path.abspath(folder)), model, folder, _name_of(model.dtype), asked)
 
 
 def _from_config(config: Any, name: str, dtype: Any) -> Outline:
     check_config(config, name)
+    asked = getattr(config, "_experts_implementation", None)
     wanted = dtype if isinstance(dtype, torch.dtype) else _config_dtype(config)
     config.dtype = wanted
     for key in config.sub_configs:
@@ -105,7 +111,7 @@ def _from_config(config: Any, name: str, dtype: Any) -> Outline:
     cls = type(inventory.model)
     checkpoint = _checkpoint_to_be(inventory.tensors, name)
     del inventory
-    return Outline(name, symbolic_model(checkpoint, config, cls, wanted, {}), None, _name_of(wanted))
+    return Outline(name, symbolic_model(checkpoint, config, cls, wanted, {}), None, _name_of(wanted), asked)
 
 
 def _config_dtype(config: Any) -> torch.dtype:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from zinfer.budgets import HEADROOM, HEADROOM_SHARE, divide_tiers, less_headroom
+from zinfer.budgets import HEADROOM, HEADROOM_SHARE, cpu_reserve, divide_tiers, expert_slots, less_headroom
 from zinfer.device.cuda import allocated_by_torch
 from zinfer.device.processor import Processor
 from zinfer.errors import BudgetError
@@ -39,7 +39,8 @@ class Task:
 
     `there`: the device of this machine that computes; None for the CPU, and for that of other hardware.
     `foreseen`: bytes that a run foresees for the activations of a batch, its prompt whole. `estimate`: the same with
-    chunks of so many tokens; None: no prompt is cut.
+    chunks of so many tokens; None: no prompt is cut. `by_expert`: experts are read one by one; `expert_slots`: how many
+    of them stay in host memory and on the device where place() was asked last.
     """
 
     held: Sequence[Held]
@@ -54,6 +55,8 @@ class Task:
     estimate: Callable[[int, int], int] | None = None
     divided: dict[int, Parts] = field(default_factory=dict)
     tiers: dict[tuple[int, int], Tiers] = field(default_factory=dict)
+    by_expert: bool = False
+    expert_slots: tuple[int, int] = (0, 0)
 
     def budgets(self) -> tuple[int, int]:
         """Bytes for the host and for the device."""
@@ -73,7 +76,7 @@ class Task:
     def parts(self, host: int) -> Parts:
         """What a host budget makes of the tensors; kept, since many batches are tried with one budget."""
         if host not in self.divided:
-            self.divided[host] = Parts(self.held, max(host, 1), allocated=False)
+            self.divided[host] = Parts(self.held, max(host, 1), allocated=False, by_expert=self.by_expert)
         return self.divided[host]
 
     def chunk(self, batch: int) -> int:
@@ -132,7 +135,7 @@ class Task:
         taken = parts.fixed + memory
         available = host - parts.fixed
         left = less_headroom(self.free) - taken
-        needed = smallest(parts.footprints) if parts.footprints and streams else 0
+        needed = smallest(parts.footprints) + parts.largest_expert if parts.footprints and streams else 0
         if left < needed:
             raise BudgetError(
                 f"cache and activations take {memory} bytes: with the weights that have to be in memory at once, "
@@ -140,7 +143,13 @@ class Task:
                 "prompt smaller"
             )
         within = min(available - cache, left) if streams else available
-        return parts, place_on_cpu(parts.footprints, available, within, batch if streams else 1)
+        reserve = cpu_reserve(parts, available)
+        # As a run has it: experts make room for caches first.
+        beside = max(within - reserve, smallest(parts.footprints)) if parts.layers else within
+        tiers = place_on_cpu(parts.footprints, available - reserve, beside, batch if streams else 1)
+        taken = tiers.host_bytes + tiers.host_window + tiers.conversions
+        self.expert_slots = max(parts.expert_slots(within - taken), 1 if parts.layers else 0), 0
+        return parts, tiers
 
     def _least(self, host: int, cache: int) -> int:
         """The smallest host budget that works with a cache of that size; larger ones have larger buffers."""
@@ -229,14 +238,22 @@ class Task:
         """
         there, memory = self.on_device(parts), self.memory(batch)
         if self.there is None or self.offload == "none":
-            return divide_tiers(parts, there, self.offload, device - memory)
+            tiers = divide_tiers(parts, there, self.offload, device - memory)
+            self.expert_slots = expert_slots(parts, there, tiers, device - memory, kv_offload=False)
+            return tiers
         key = parts.budget, device
         if key not in self.tiers:
             self.tiers[key] = divide_tiers(parts, there, self.offload, device)
         within = device - there.small_bytes - memory
         tiers = self.tiers[key]
+        slots = expert_slots(parts, there, tiers, device, kv_offload=False)
         planned = tiers.host_bytes + tiers.host_window + tiers.conversions + parts.bounce
-        return beside_caches(there.footprints, tiers, within, max(parts.budget - planned, 0))
+        planned += slots[0] * parts.largest_expert
+        expert = there.largest_expert  # experts make room for caches first
+        tiers = beside_caches(there.footprints, tiers, within - expert, max(parts.budget - planned, 0))
+        taken = tiers.device_bytes + tiers.device_window + tiers.device_conversions
+        self.expert_slots = slots[0], max(there.expert_slots(within - taken), 1 if expert else 0)
+        return tiers
 
     def fits(self, batch: int) -> bool:
         """Whether `place` finds a placement."""

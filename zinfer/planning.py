@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from zinfer.device.choose import processor_for
 from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
 from zinfer.errors import BudgetError, OptionError
+from zinfer.experts.forward import can_stream_experts, streams_experts, use_streamed_experts
 from zinfer.hardware_probe import measured_machine, this_machine
 from zinfer.kv_cache import Pass, activation_bytes, cache_growth, prefills_in_chunks
 from zinfer.options import check_options, checked_dtype
 from zinfer.outline import Outline, outline_of
-from zinfer.parts import Held, Parts, gather
+from zinfer.parts import Held, Parts, gather, is_sliced
 from zinfer.plan_task import Attached, Task
 from zinfer.planner.assumed import Matrix, assumed_work
 from zinfer.planner.chunks import chunks_of
@@ -136,10 +138,15 @@ def _planned(
     new_tokens: int,
 ) -> Plan:
     """The plan for `machine`: with the device `there`, as a run finds it; else the CPU's, or a published device's."""
-    held = gather(outline.model)
+    by_expert = streams_experts(outline.experts_asked, offload) and can_stream_experts(outline.model)
+    held = gather(outline.model, by_expert=by_expert)
+    by_expert = by_expert and any(map(is_sliced, held))
+    if by_expert:
+        use_streamed_experts(outline.model)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
     foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
     task = Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)
+    task.by_expert = by_expert
     return _plan(outline, task, machine, batch, prompt, new_tokens, notes)
 
 
@@ -181,7 +188,17 @@ def _plan(
     host = frozenset(of_weight[i] for i in tiers.host)
     decode = _with_conversions(work.decode, parts, of_weight, device | host)
     prefill = _with_conversions(work.prefill, parts, of_weight, frozenset())
+    expert_bytes, hit_rate = task.expert_slots[0] * parts.largest_expert, None
+    crossing = decode
+    if parts.layers:
+        sliced = {
+            index for index, weight in zip(of_weight, parts.weights, strict=True) if weight.slices is not None
+        }
+        below, above = (slots / sum(layer.count for layer, _ in parts.layers) for slots in task.expert_slots)
+        hit_rate = max(below, above)  # what was copied to the device came from the host
+        crossing, decode = _with_hits(decode, sliced, above), _with_hits(decode, sliced, hit_rate)
     bounds = sweep(decode, sizes, hardware, device=device, host=host)
+    bounds = replace(bounds, pcie=sweep(crossing, sizes, hardware, device=device, host=host).pcie)
     chunk = task.chunk(batch)
     chunks = chunks_of(prompt, chunk)
     first = _prefill_bounds(
@@ -213,6 +230,10 @@ def _plan(
         ]
     small_bytes = task.on_device(parts).small_bytes if hardware.has_device else parts.small_bytes
     total = sum(nbytes) + small_bytes
+    all_there = [slots * parts.largest_expert >= parts.expert_bytes for slots in task.expert_slots]
+    # What is expected to be in the caches of experts; what is on the device came from the host's, and counts there.
+    of_experts = [min(slots * parts.largest_expert, parts.sliced_bytes) for slots in task.expert_slots]
+    on_device, on_host = on_device + of_experts[1], on_host + max(0, of_experts[0] - of_experts[1])
     return Plan(
         model=outline.name,
         hardware=hardware.name,
@@ -235,18 +256,31 @@ def _plan(
         cache_bytes=work.cache_bytes,
         activation_bytes=task.activations(batch),
         sweep_bytes=round(moved_bytes(work.decode.asks, sizes, small)),
-        read_bytes=round(moved_bytes(work.decode.asks, sizes, device | host)),
-        pcie_bytes=round(moved_bytes(work.decode.asks, sizes, device)) if hardware.has_device else 0,
+        read_bytes=round(moved_bytes(decode.asks, sizes, device | host)),
+        pcie_bytes=round(moved_bytes(crossing.asks, sizes, device)) if hardware.has_device else 0,
         **times(bounds, first, batch, new_tokens),
         prefill_chunk=chunk,
         largest_batch=largest,
+        expert_bytes=expert_bytes,
+        device_expert_bytes=task.expert_slots[1] * parts.largest_expert,
+        expert_hit_rate=hit_rate,
         notes=tuple(notes),
         sources=dict(hardware.sources),
         tiers={
-            weight.name: "device" if i in tiers.device else "host" if i in tiers.host else "nvme"
+            weight.name: "device"
+            if i in tiers.device or (weight.slices is not None and all_there[1])
+            else "host"
+            if i in tiers.host or (weight.slices is not None and all_there[0])
+            else "nvme"
             for i, weight in enumerate(parts.weights)
         },
     )
+
+
+def _with_hits(work: PassWork, sliced: set[int], hit_rate: float) -> PassWork:
+    """`work` where that share of the experts that it asks for, in the weights `sliced`, is in memory already."""
+    asks = tuple((index, share * (1 - hit_rate) if index in sliced else share) for index, share in work.asks)
+    return PassWork(work.operators, asks)
 
 
 def _prefill_bounds(first: Bounds, later: Bounds, decode: Bounds, chunks: int) -> Bounds:

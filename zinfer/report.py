@@ -41,6 +41,52 @@ class DeviceFigures:
 
 
 @dataclass(frozen=True)
+class ExpertFigures:
+    """Experts that are read one by one. `hits` were in memory when a router picked them, `misses` were not.
+
+    `limit_bytes` of host memory is what they may take now, `cached_bytes` what the `cached` experts of `experts` in all
+    do. `read_bytes` were read for them. `foreseen` of the misses were read, or being read, because the router of their
+    layer, asked a layer before, had named them; `guessed_bytes` were read for others that it named. `right_share` of
+    what it names is right lately, None before there is enough to tell; `looks_ahead`: whether that is read.
+    `wait_seconds`: operators' threads, until one had landed. On a device with memory of its own, up to
+    `device_limit_bytes` hold `device_cached` experts, and `device_hits` of the hits were there.
+    """
+
+    limit_bytes: int
+    cached_bytes: int
+    cached: int
+    experts: int
+    hits: int
+    misses: int
+    read_bytes: int
+    foreseen: int
+    guessed_bytes: int
+    right_share: float | None
+    looks_ahead: bool
+    wait_seconds: float
+    device_limit_bytes: int = 0
+    device_cached: int = 0
+    device_hits: int = 0
+
+    def __str__(self) -> str:
+        picked = self.hits + self.misses
+        there = f", {self.device_cached} in {_size(self.device_limit_bytes)} of the device"
+        guesses = "too few guesses to tell whether looking ahead pays"
+        if self.right_share is not None:
+            guesses = f"of those guessed a layer ahead {100 * self.right_share:.0f} % are right, so that "
+            guesses += "they are read" if self.looks_ahead else "none is read"
+            guesses += f": {self.foreseen} came so, and {_size(self.guessed_bytes)} in vain"
+        share = (
+            f"{100 * self.hits / picked:.0f} % of {picked} were there" if picked else "none was picked yet"
+        )
+        return (
+            f"{self.cached} of {self.experts} in {_size(self.cached_bytes)} (at most {_size(self.limit_bytes)})"
+            f"{there if self.device_limit_bytes else ''}; {share}, {_size(self.read_bytes)} read; {guesses}; "
+            f"{self.wait_seconds:.2f} s blocked"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of one model since zinfer.run. Sizes in bytes, times in seconds; str() is for people.
 
@@ -56,8 +102,9 @@ class Report:
     divides it, the longest first. `hits` are uses that a read ahead served, `misses` those that had to be read on
     demand. `pool_bytes` are mapped for window and residents, and `huge_page_bytes` of them lie on huge pages now;
     None where the kernel does not count them. `cache_bytes`: key-value caches alive at the last pass. `shortages`: how
-    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read. `device`:
-    where another device than the CPU computes, its memory; the sizes above are then the host's.
+    often memory ran out in a pass, so that some was given back. `drives` says how each block device is read;
+    `busy_seconds`: how long reads were in flight, averaged over them. `device`: where another device than the CPU
+    computes, its memory; the sizes above are then the host's. `experts`: those of a mixture that are read one by one.
     """
 
     model: str
@@ -81,6 +128,7 @@ class Report:
     bytes_written: int
     requests: int
     retries: int
+    busy_seconds: float
     sweeps: int
     first_sweep_seconds: float | None
     sweep_seconds: float | None
@@ -104,6 +152,7 @@ class Report:
     shortages: int
     fallbacks: tuple[str, ...]
     device: DeviceFigures | None = None
+    experts: ExpertFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as a dict of plain values, for programs."""
@@ -126,6 +175,7 @@ class Report:
             *([("device", str(self.device))] if self.device is not None else []),
             ("pool", self._pool()),
             ("resident", f"{_size(self.resident_bytes)} of the model are in {where}memory now"),
+            *([("experts", str(self.experts))] if self.experts is not None else []),
             ("moved", f"{_size(self.bytes_read)} read, {_size(self.bytes_written)} written"),
             ("sweeps", self._sweeps()),
             *(("predicted", text) for text in self._predicted()),

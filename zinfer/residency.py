@@ -41,7 +41,7 @@ BETWEEN = 0.001  # seconds between two looks
 
 @dataclass(frozen=True)
 class Given:
-    """What was given back where memory ran out, in bytes: of the window, and of residents that were loaded."""
+    """What was given back where memory ran out, in bytes: of the window, and of residents or experts."""
 
     window: int
     residents: int
@@ -163,9 +163,16 @@ class Residency:
             window, fixed = self._placement.window_bytes, self._fixed
             before = self._streaming.account.window  # less than that where none could be had
             bound = frozenset(index for index in residents if not streams_through(window, footprints[index]))
-            used, least = fixed + self._bytes(there), smallest(footprints)
+            experts, used, least = self._streaming.experts, fixed + self._bytes(there), smallest(footprints)
+            cached = experts.limit if experts is not None else 0
+            self._lose(max(least + self._slot_bytes, used + cached - asked - self._spare))
+            if experts is not None:
+                experts.resize(cached - asked - self._spare)
+                cached -= experts.limit
+                if cached >= asked:
+                    return Given(0, cached)
+                asked -= cached
             target = max(least, used - asked - self._spare)
-            self._lose(target)
             stay = thinned(footprints, there | bound, window, target - fixed)
             if stay is not None and self._divided and not self._stranded:
                 self._keep(residents, stay)
@@ -174,7 +181,7 @@ class Residency:
                 self._keep(residents, bound)
             left = frozenset(index for index in there if weights[index].resident is not None)
             given = max(0, before - self._streaming.account.window)
-            return Given(given, self._bytes(there) - self._bytes(left))
+            return Given(given, self._bytes(there) - self._bytes(left) + cached)
 
     def _divide_smaller(self, target: int, least: int) -> bool:
         """Divide memory anew within `target` bytes, or within `least` where those cannot be had either."""
@@ -245,15 +252,17 @@ class Residency:
         account, footprints = self._streaming.account, self._streaming.footprints
         ceiling, machine, caches = self._limits()
         least = smallest(footprints)
+        fewest = least + self._slot_bytes
         within = min(ceiling, machine)
-        within = max(min(within, least), within - self._lost)  # what was lost is no reason to refuse a pass
+        within = max(min(within, fewest), within - self._lost)  # what was lost is no reason to refuse a pass
+        within -= self._experts_within(within)
         better = self._other_window(coming.rows, max(within, least))
         if self._divided and better is None and self._fits(within):
             return
         if within < least:
-            if ceiling < least and sure:
-                self._refuse(ceiling, least, caches, coming)
-            self._warn(coming, account.free - machine, least)
+            if ceiling < fewest and sure:
+                self._refuse(ceiling, fewest, caches, coming)
+            self._warn(coming, account.free - machine, fewest)
             within = least
         residents, left = self._residents, within - self._fixed
         stay = thinned(footprints, residents, self._placement.window_bytes, left)
@@ -268,6 +277,19 @@ class Residency:
             self._keep(residents, stay)
         else:
             self._keep(residents, self._returning(residents, left, self._spare))
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Bytes of an expert that is read by itself: room for one there always is."""
+        return self._streaming.experts.slot_bytes if self._streaming.experts is not None else 0
+
+    def _experts_within(self, within: int) -> int:
+        """Let experts have what other weights do not need of `within` bytes; what that is, or one expert's."""
+        experts = self._streaming.experts
+        if experts is None:
+            return 0
+        experts.resize(within - self._fixed - self._bytes(self._placement.residents))
+        return experts.limit
 
     def _limits(self) -> tuple[int, int, int]:
         """Bytes left for weights by the ceiling, and by what the machine had free; bytes of all caches."""
@@ -346,8 +368,10 @@ class Residency:
         """
         streaming, footprints, account = self._streaming, self._streaming.footprints, self._streaming.account
         fixed = now.window_bytes + now.transient_bytes
-        calm = account.ceiling - account.small - account.bounce - fixed
-        everyone = frozenset(i for i, footprint in enumerate(footprints) if not footprint.rows_only)
+        calm = account.ceiling - account.small - account.bounce - fixed - self._slot_bytes
+        everyone = frozenset(
+            i for i, footprint in enumerate(footprints) if not footprint.rows_only and not footprint.sliced
+        )
         placement = replace(
             now, residents=grown(footprints, now.residents, everyone, max(calm, now.resident_bytes))
         )

@@ -18,6 +18,7 @@ from zinfer.caches_on_host import CachesOnHost
 from zinfer.device.attached import AttachedDevice
 from zinfer.device.choose import processor_for
 from zinfer.errors import OptionError
+from zinfer.experts.forward import streams_experts
 from zinfer.kv_offload.refusals import check_kv_offload, check_model
 from zinfer.locate import bring_to_drive, local_folder
 from zinfer.opening import Target
@@ -137,10 +138,16 @@ def _run_checkpoint(
     where = bring_to_drive(folder, variant, nvme_path, offload, show)
     written = 0 if where == folder else _written_bytes() - before
     checkpoint = open_checkpoint(where, variant)
+    experts_asked = model_options.get(
+        "experts_implementation", getattr(config, "_experts_implementation", None)
+    )
     model = symbolic_model(checkpoint, config, cls, checked_dtype(dtype), {**unused, **model_options})
     if target.kv_offload:
         check_model(model)
-    streaming = stream(model, offload=offload, target=target, progress=show, recorder=recorder)
+    by_expert = streams_experts(experts_asked, offload)
+    streaming = stream(
+        model, offload=offload, target=target, progress=show, recorder=recorder, by_expert=by_expert
+    )
     caches = _caches(model, streaming, target, recorder)
     predict = None
     if as_saved and not target.kv_offload:

@@ -13,11 +13,12 @@ from torch import nn
 
 from zinfer.caches_on_host import CachesOnHost
 from zinfer.errors import OptionError, OutOfMemoryError
+from zinfer.experts.on_device import DeviceExperts
 from zinfer.kv_cache import Pass, cache_length
 from zinfer.planner.memory import process_peak
 from zinfer.prefill import Prefill
 from zinfer.relief import Relief
-from zinfer.report import DeviceFigures, Report
+from zinfer.report import DeviceFigures, ExpertFigures, Report
 from zinfer.residency import Residency
 from zinfer.streaming import Streaming
 from zinfer.timeline import chrome
@@ -101,6 +102,7 @@ class Runtime:
             bytes_written=self._bytes_written,
             requests=stats["requests"],
             retries=stats["retries"],
+            busy_seconds=stats["busy_seconds"] / max(1, len(drives.settings)),
             sweeps=self._log.begun,
             first_sweep_seconds=self._log.first_seconds,
             sweep_seconds=steady.sweep_seconds,
@@ -124,6 +126,31 @@ class Runtime:
             shortages=self._relief.count,
             fallbacks=self._fallbacks(),
             device=self._device_figures(),
+            experts=self._expert_figures(),
+        )
+
+    def _expert_figures(self) -> ExpertFigures | None:
+        cache, above = self._streaming.host_experts, self._streaming.experts
+        if cache is None:
+            return None
+        there = above if isinstance(above, DeviceExperts) else None
+        counters = cache.counters
+        return ExpertFigures(
+            limit_bytes=cache.limit,
+            cached_bytes=cache.count * cache.slot_bytes,
+            cached=cache.count,
+            experts=cache.total,
+            hits=counters.hits + (there.hits if there else 0),
+            misses=counters.misses,
+            read_bytes=counters.read_bytes,
+            foreseen=counters.foreseen,
+            guessed_bytes=counters.guessed_bytes,
+            right_share=cache.trust.share,
+            looks_ahead=cache.looks_ahead and cache.trust.pays,
+            wait_seconds=counters.wait_seconds,
+            device_limit_bytes=there.limit if there else 0,
+            device_cached=there.count if there else 0,
+            device_hits=there.hits if there else 0,
         )
 
     def _device_figures(self) -> DeviceFigures | None:
@@ -221,6 +248,8 @@ class Runtime:
         """Stop every read and give all memory, descriptors and threads back. The model is unusable after."""
         if self.caches is not None:
             self.caches.close()
+        if self._streaming.experts is not None:
+            self._streaming.experts.close()
         self._streaming.coordinator.close()
         self._streaming.install()
         for weight in self._streaming.weights:
@@ -320,4 +349,5 @@ class Runtime:
             *self._notes.copy(),
             *(f"O_DIRECT not used: {reason}" for reason in reasons),
             *device.fallbacks,
+            *(self._streaming.experts.notes if self._streaming.experts is not None else ()),
         )

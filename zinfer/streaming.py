@@ -16,6 +16,13 @@ from zinfer.coordinator.coordinator import Coordinator
 from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.device import Device
 from zinfer.errors import OptionError, OutOfMemoryError
+from zinfer.experts.cache import ExpertCache
+from zinfer.experts.forward import (
+    can_stream_experts,
+    follow_each_other,
+    use_streamed_experts,
+)
+from zinfer.experts.source import ExpertSource
 from zinfer.opening import Target, open_attached, open_cpu
 from zinfer.parts import Account, Held, Parts, Slot, gather
 from zinfer.planner.placement import Footprint, Placement
@@ -44,6 +51,8 @@ class Streaming:
     slots: list[list[Slot]]  # of each weight
     parameters: list[StreamedParameter]  # of each weight
     host: Account | None = None
+    experts: ExpertSource | None = None  # where it computes
+    host_experts: ExpertCache | None = None
 
     @property
     def loaded(self) -> bool:
@@ -76,18 +85,20 @@ def stream(
     progress: bool,
     allocated: bool = False,
     recorder: Recorder | None = None,
+    by_expert: bool = False,
 ) -> Streaming:
     """Give every symbolic tensor of `model` its place: small and kept, resident, or streamed.
 
     `offload` as for zinfer.run. `target`: where it computes, within which ceilings; what is free where none are set.
     `allocated`: the model was live, its tensors not mapped from these files (see layout.py). `recorder`, if any, is
-    told what happens.
+    told what happens. `by_expert`: experts are read one by one, where the model's class lets them be.
     Nothing is read before the plan stands. Raises BudgetError with the smallest ceiling that works, and
     OutOfMemoryError where the memory that the plan counts with is not there.
     """
     free = default_budget()  # asked once, before anything is allocated
-    held = gather(model)
-    parts = Parts(held, host_budget(target.host, free), allocated)
+    by_expert = by_expert and can_stream_experts(model)
+    held = gather(model, by_expert=by_expert)
+    parts = Parts(held, host_budget(target.host, free), allocated, by_expert=by_expert)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
     processor = target.processor
     if processor is None:
@@ -112,13 +123,21 @@ def stream(
             slots,
             parameters,
             opened.host,
+            opened.experts,
+            opened.host_experts,
         )
         streaming.install()
+        if parts.layers:
+            use_streamed_experts(model)
+        if opened.experts is not None:
+            follow_each_other(model, parts.layers, opened.experts)
         if offload in ("cpu", "none"):
             total = sum(weight.nbytes for weight in weights)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 coordinator.load(weights, bar.update)
     except BaseException as error:
+        if opened.experts is not None:
+            opened.experts.close()
         device.close()
         if ran_out(error) and not isinstance(error, OutOfMemoryError):
             key = "cpu" if processor is None else processor.number

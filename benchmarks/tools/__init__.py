@@ -13,6 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from benchmarks import BenchmarkError
+
 
 class Session(ABC):
     """A loaded model that decodes greedily, with a key-value cache. One thread uses it."""
@@ -35,6 +37,15 @@ class Session(ABC):
     def read_ahead(self) -> int | None:
         """Bytes of weights read, or on their way, for operators still to come; None where it does not tell."""
         return None
+
+    @property
+    def counts(self) -> dict[str, float] | None:
+        """What the tool has counted so far, as a benchmark of its own wants it; None where it does not."""
+        return None
+
+    def restart(self) -> None:
+        """Begin a new sequence; the model stays as it is."""
+        raise BenchmarkError(f"{type(self).__name__} begins no second sequence")
 
     def close(self) -> dict[str, Any] | None:
         """Give up what outlives the process; the tool's own report, where it makes one."""

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import BenchmarkError
 from benchmarks.tools import Session
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ class GreedySession(Session):
         found: list[int] = result.logits[:, -1].argmax(-1).tolist()
         return found
 
+    def restart(self) -> None:
+        """See Session."""
+        self._cache = None
+
     @property
     def cache_bytes(self) -> int:
         """Of the key-value cache now."""
@@ -47,5 +52,31 @@ def import_transformers(task: Task) -> Any:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     config = transformers.AutoConfig.from_pretrained(task.checkpoint)
-    importlib.import_module(transformers.AutoModelForCausalLM._model_mapping[type(config)].__module__)
+    module = importlib.import_module(
+        transformers.AutoModelForCausalLM._model_mapping[type(config)].__module__
+    )
+    if task.uniform_routing:
+        draw_experts(module)
     return transformers
+
+
+def draw_experts(module: Any) -> None:
+    """Have the routers of a model's module pick experts by chance, each alike, in an order that is always the same.
+
+    They are the classes called ...TopKRouter, which return logits, shares and the experts' numbers.
+    """
+    import torch
+
+    routers = [value for name, value in vars(module).items() if name.endswith("TopKRouter")]
+    if not routers:
+        raise BenchmarkError(f"{module.__name__}: no router found whose experts could be drawn")
+    dice = torch.Generator().manual_seed(0)
+    for router in routers:
+        plain = router.forward
+
+        def drawn(self: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            logits, shares, picked = plain(self, *args, **kwargs)
+            alike = torch.rand(len(picked), logits.shape[-1], generator=dice)
+            return logits, shares, alike.topk(picked.shape[-1]).indices.to(picked)
+
+        router.forward = drawn

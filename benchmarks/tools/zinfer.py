@@ -32,6 +32,24 @@ class ZinferSession(GreedySession):
         """What its look-ahead has in the window, and on the way."""
         return int(self.model.zinfer.read_ahead_bytes)
 
+    @property
+    def counts(self) -> dict[str, float] | None:
+        """Experts that were missing, and their bytes; those of wrong guesses; those of other weights a sweep.
+
+        Also seconds that the drive was busy, and bytes of weights that are in memory now.
+        """
+        report = self.model.zinfer.report()
+        if report.experts is None:
+            return None
+        return {
+            "misses": report.experts.misses,
+            "expert_bytes": report.experts.read_bytes - report.experts.guessed_bytes,
+            "guessed_bytes": report.experts.guessed_bytes,
+            "held_bytes": report.experts.cached_bytes + report.resident_bytes,
+            "sweep_bytes": self.model.zinfer.sweep_bytes,
+            "busy_seconds": report.busy_seconds,
+        }
+
     def close(self) -> dict[str, Any] | None:
         """Its report, and the bytes of the key-value cache in the end."""
         report: dict[str, Any] = self.model.zinfer.report().as_dict()

@@ -19,9 +19,9 @@ from tests import architectures
 from tests.device.test_arena import Gate
 from tests.streaming.test_attached import MEMORY, run_within
 from tests.streaming.test_exactness import IDS
-from zinfer.device import host, moved, residents
+from zinfer.device import host, moved, residents, rows
 from zinfer.device.arena import Arena
-from zinfer.device.attached import _at_slab_edges
+from zinfer.device.assembly import at_slab_edges
 from zinfer.device.lifted import LiftedFetch
 from zinfer.device.page_locks import PageLocks
 from zinfer.device.staged import StagedProcessor
@@ -181,6 +181,69 @@ def test_spare_host_memory_goes_to_what_left_last_and_is_never_exceeded(folder, 
         assert device._moved._spare._left == 0
 
 
+LARGE = torch.arange(200).reshape(20, 10)  # its caches make residents leave
+
+
+def notes_of_places(model: Any) -> list[str]:
+    return [line for line in model.zinfer.report().fallbacks if "for caches" in line]
+
+
+@pytest.mark.parametrize("kv_offload", [None, "cpu"])
+def test_what_finds_no_room_in_host_memory_is_told_with_the_budget_that_has_it(
+    kv_offload, folder, total, caplog, nothing_left
+):
+    """All weights were to be in memory: nobody would look for reads of the drive."""
+    options = {"offload": "cpu", "kv_offload": kv_offload}
+    with run_within(folder, StagedProcessor(MEMORY), int(total * 0.9), 1, **options) as model:
+        host = model.zinfer._streaming.host.ceiling
+        model(IDS[:1, :2], use_cache=False)
+        assert notes_of_places(model) == []
+        weights, unsettle = model.zinfer._streaming.weights, model.zinfer._streaming.unsettle
+        some = [weight for weight in weights if weight.resident is not None][:2]
+        for weight in some:
+            model.zinfer._streaming.coordinator.change_residents([weight], (), unsettle)
+        (note,) = notes_of_places(model)
+        assert note.startswith("2 weights, ") and "that left staged for caches stream from the drive" in note
+        told = [record.getMessage() for record in caplog.records if "for caches" in record.getMessage()]
+        assert len(told) == 1, "once for all of them"
+        more = int(re.search(r"raise max_memory\['cpu'\] by (\d+) bytes", note)[1])
+        names = {weight.name for weight in some}
+        model.zinfer._streaming.coordinator.change_residents((), some[:1], unsettle)
+        (note,) = notes_of_places(model)
+        assert note.startswith(repr(some[1].name)), "the other one is back"
+        model.zinfer._streaming.coordinator.change_residents((), some[1:], unsettle)
+        assert notes_of_places(model) == []
+    for budget, enough in ((host + more, True), (host + more - 8, False)):
+        with run_within(folder, StagedProcessor(MEMORY), int(total * 0.9), budget, **options) as model:
+            model(IDS[:1, :2], use_cache=False)
+            some = [weight for weight in model.zinfer._streaming.weights if weight.name in names]
+            leave(model, some)
+            assert (notes_of_places(model) == []) == enough
+
+
+def test_caches_and_what_leaves_the_device_share_the_host(folder, total, nothing_left):
+    """Of what the weights leave, caches have all that no weight could ask for, and a quarter of the budget before."""
+    options = {"offload": "cpu", "kv_offload": "cpu"}
+    with run_within(folder, StagedProcessor(MEMORY), int(total * 0.9), 8 * total, **options) as model:
+        streaming = model.zinfer._streaming
+        device, host = streaming.coordinator.device, streaming.host
+        there = sum(w.layout.nbytes for w in streaming.weights if w.wants_residence)
+        assert device.spare_bytes == there > 0
+        planned = host.residents + host.window + host.conversions + host.bounce
+        assert model.zinfer.caches._space.limit == 8 * total - planned - there
+        reference = architectures.ALL["llama"][0].from_pretrained(folder).eval()
+        with torch.no_grad():
+            expected = reference(LARGE).logits
+            model(IDS[:1, :2])
+            leave(model, [w for w in streaming.weights if w.resident is not None][:2])
+            read = model.zinfer.bytes_read
+            assert torch.equal(model(LARGE).logits, expected)
+            assert model.zinfer.bytes_read > read
+            read = model.zinfer.bytes_read
+            assert torch.equal(model(LARGE).logits, expected)
+            assert model.zinfer.bytes_read == read, "all weights are in memory"
+
+
 def test_threads_that_want_one_table_at_once_read_it_once(folder, total, monkeypatch, nothing_left):
     with run_within(folder, StagedProcessor(MEMORY), 4 * total, 4 * total, offload="nvme") as model:
         model(IDS)
@@ -208,7 +271,7 @@ def test_copies_end_at_the_edges_of_slabs():
     pool = Pool(3 * slab, page_lock="off", slab_bytes=slab)
     first, memory = pool.acquire(slab // 2), pool.acquire(2 * slab)
     source = torch.frombuffer(memory, dtype=torch.uint8)
-    parts = _at_slab_edges(torch.empty(2 * slab, dtype=torch.uint8), source, pool)
+    parts = at_slab_edges(torch.empty(2 * slab, dtype=torch.uint8), source, pool)
     assert [part.nbytes for _, part in parts] == [slab // 2, slab, slab // 2]
     assert all(
         (part.data_ptr() - pool.base_address) // slab
@@ -498,7 +561,7 @@ def test_the_device_is_chosen_where_its_runtime_is_asked(
     folder, total, kv_offload, monkeypatch, nothing_left
 ):
     processor = Chosen()
-    for module in (moved, host, residents, space):
+    for module in (moved, host, residents, rows, space):
         monkeypatch.setattr(module, "Pool", processor.pool)
     options = {"offload": "nvme", "kv_offload": kv_offload}
     with run_within(folder, processor, int(total * 0.9), 4 * total, **options) as model:

@@ -37,7 +37,7 @@ def test_every_mix_of_tiers_is_bit_equal(name, dtype, saved):
 
 def assert_every_mix_is_bit_equal(name, dtype, saved):
     folder = saved(name, dtype)
-    reference = with_its_experts(architectures.ALL[name][0].from_pretrained(folder).eval().to(CUDA))
+    reference = with_its_experts(architectures.reference(name, folder).to(CUDA))
     try:
         expected = results(reference, name)
     except (RuntimeError, NotImplementedError) as error:

@@ -36,7 +36,8 @@ def mixes(total: int) -> dict[str, tuple[int, int]]:
 def run_within(folder: str, processor, device: int, host: int, **options):
     """Stream within `device` and `host` bytes, or within the fewest that work."""
     number, overhead = processor.number, processor.overhead
-    device += CACHES
+    if device > 1:  # else the fewest, and those caches beside them
+        device += CACHES
     for _ in range(4):
         sizes = {number: overhead + device, "cpu": host}
         try:

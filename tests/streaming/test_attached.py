@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc):
 
 def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, nothing_left):
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     total = architectures.parameter_bytes(reference)
     device, host = mixes(total)[mix]
     processor = staged(zlib.crc32(f"{name}, {mix}".encode()))
@@ -69,10 +69,11 @@ def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, n
     assert_same(reference, model, name)
     report = model.zinfer.report()
     assert report.device is not None
-    assert report.device.window_bytes > 0 or mix == "device", (
-        "nothing passed through: the test proves nothing"
-    )
-    if name in TYPICAL:  # others have weights that are small or cannot stream: there, a tier may stay empty
+    passed = report.device.window_bytes > 0 or report.experts is not None  # those have memory of their own
+    assert passed or mix == "device", "nothing passed through: the test proves nothing"
+    if (
+        name in TYPICAL and name not in architectures.SPARSE
+    ):  # others have weights that are small or cannot stream: there, a tier may stay empty
         assert (report.resident_bytes > 0) == (mix in ("device and host", "all tiers"))
         if mix != "device and host":  # there, what leaves the device for caches comes from the drive
             assert (model.zinfer.sweep_bytes > 0) == (mix != "device")
@@ -84,7 +85,7 @@ def test_each_mix_of_tiers_is_bit_equal_when_copies_are_late(name, mix, saved, n
 def test_each_mix_is_bit_equal_where_the_devices_allocator_rounds(name, mix, saved, nothing_left):
     """The budgets of tests/gpu, as a GPU divides them."""
     folder = saved(name, torch.bfloat16)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     processor = Rounding(MEMORY, check=True)
     processor.limit = lambda nbytes, holder: None  # as there
     device, host = mixes(architectures.parameter_bytes(reference))[mix]

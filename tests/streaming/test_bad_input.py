@@ -399,7 +399,7 @@ def test_the_smallest_budget_in_the_message_works(name, saved):
     budget = smallest(folder)
     error = refused(folder, budget, error=BudgetError, offload="nvme", max_memory={"cpu": budget - 1})
     assert error.smallest == budget, "one byte less names the same number"
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if name == "t5" else {})
     with run_tightly(folder) as model, torch.no_grad():
         for _ in range(2):

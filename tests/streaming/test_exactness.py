@@ -25,8 +25,7 @@ def stream(folder: str, budget: int, **options):
 
 
 def load_both(folder: str, name: str, **options):
-    cls = architectures.ALL[name][0]
-    reference = cls.from_pretrained(folder, **options).eval()
+    reference = architectures.reference(name, folder, **options)
     return reference, stream(folder, int(architectures.parameter_bytes(reference) * BUDGET_SHARE), **options)
 
 
@@ -100,7 +99,7 @@ def test_sharded_checkpoints_stream_like_single_files(saved, nothing_left):
 @pytest.mark.parametrize("name", ["llama", "t5", "deepseek_v3"])
 def test_every_budget_gives_the_same_bits(name, share, saved, nothing_left):
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     total = architectures.parameter_bytes(reference)
     with stream(folder, int(total * share)) as model:
         assert_same(reference, model, name)

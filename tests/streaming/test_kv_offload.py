@@ -258,11 +258,11 @@ def test_operators_and_copies_overlap_one_layer_ahead(tmp_path):
 
 
 def test_a_cache_beyond_the_hosts_budget_is_refused_before_a_read_and_names_what_would_do(pair):
-    total = 500_000
+    total = 2_000_000
     reference, model, _ = pair("llama", device=400.0, host=total)
     read = model.zinfer.bytes_read
-    rows = IDS.repeat(2000, 1)
-    with pytest.raises(zinfer.BudgetError, match=r"at most (\d+) of its 2000 sequences fit") as caught:
+    rows = IDS.repeat(6000, 1)
+    with pytest.raises(zinfer.BudgetError, match=r"at most (\d+) of its 6000 sequences fit") as caught:
         model(rows)
     assert model.zinfer.bytes_read == read
     fit = int(str(caught.value).split("at most ")[1].split()[0])

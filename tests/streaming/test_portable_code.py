@@ -20,7 +20,7 @@ from tests import architectures
 
 assert not zinfer.aio.COMPILED and not zinfer.pinned.COMPILED
 folder, name = sys.argv[1:]
-reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+reference = architectures.reference(name, folder)
 budget = int(architectures.parameter_bytes(reference) * 0.55)
 try:
     model = zinfer.run(folder, offload="nvme", max_memory={"cpu": budget})

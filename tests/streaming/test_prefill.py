@@ -193,7 +193,7 @@ def test_every_architecture_is_cut_where_that_is_right_and_left_whole_elsewhere(
     """However little room there is: the tokens are those of a prompt that is not cut."""
     monkeypatch.setattr(Prefill, "_room", lambda *_: 1)
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     torch.manual_seed(2)
     ids = torch.randint(5, 100, (2, 2 * SMALLEST_CHUNK + 5))
     with zinfer.run(folder, offload="nvme", max_memory={"cpu": "4MiB"}) as model:

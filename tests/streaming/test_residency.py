@@ -269,7 +269,7 @@ TIGHT += ["t5", "bart", "bert", "mamba"]
 def test_architectures_stay_exact_while_caches_count(name, saved):
     """At the tightest budget but for caches, with whatever they cache."""
     folder = saved(name)
-    reference = architectures.ALL[name][0].from_pretrained(folder).eval()
+    reference = architectures.reference(name, folder)
     with (
         run(folder, offload="nvme", max_memory={"cpu": smallest(folder) + 150_000}) as model,
         torch.no_grad(),

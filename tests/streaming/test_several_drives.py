@@ -129,7 +129,8 @@ def check_against_memory(source, reference, folders, **options):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gpt_oss"])
 def test_logits_are_those_of_the_model_in_memory(name, count, saved, folders):
-    check_against_memory(saved(name), architectures.build(name), folders(count))
+    folder = saved(name)
+    check_against_memory(folder, architectures.reference(name, folder), folders(count))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,7 @@ examples:
   zinfer synth --list
   zinfer synth llama-demo ./llama-demo
   zinfer synth llama-3.1-70b /mnt/nvme/llama-70b-8-layers --layers 8
+  zinfer synth qwen3-moe-demo ./moe-skewed --router-skew strong
   zinfer synth ./config.json ./out --dtype float16 --seed 7 --shard-size 2GB"""
 
 
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="other weights for another N; default: 0")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: the config's, else bfloat16")
     parser.add_argument("--layers", type=int, metavar="N", help="this many layers instead of the config's")
+    parser.add_argument(
+        "--router-skew",
+        metavar="HOW",
+        help="none, mild or strong: how much a mixture's routers favour some experts; default: none",
+    )
     parser.add_argument("--shard-size", metavar="SIZE", help="most bytes in one file; default: 5GB")
 
 
@@ -46,6 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "layers": arguments.layers,
+        "router_skew": arguments.router_skew,
         "shard_bytes": None if arguments.shard_size is None else parse_size(arguments.shard_size),
     }
     given = {name: value for name, value in options.items() if value is not None}

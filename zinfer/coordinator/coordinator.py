@@ -161,7 +161,7 @@ class Coordinator:
                 self._extend(reader)
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows of a placed weight, read now; nothing else of it is."""
+        """Rows of a weight with a row source, read now; all of them where the device finds that cheaper."""
         self.refuse_closed()
         started = time.perf_counter()
         out = self.device.read_rows(weight, rows)

@@ -7,32 +7,30 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from zinfer.device.arena import Arena, Lease
+from zinfer.device.assembly import Assembly, Move
 from zinfer.device.copies import Copies
-from zinfer.device.cpu import leaf_among
-from zinfer.device.host import Host, flagged, view_of
+from zinfer.device.host import Host, flagged
 from zinfer.device.lifted import LiftedFetch
-from zinfer.device.moved import Moved
+from zinfer.device.moved import Moved, Spare
 from zinfer.device.page_locks import PageLocks
-from zinfer.device.processor import ALIGNMENT, Event, Processor
+from zinfer.device.processor import Event, Processor
 from zinfer.device.refusals import Refusals
+from zinfer.device.rows import Rows
 from zinfer.device.streams import Streams
 from zinfer.errors import BudgetError, OutOfMemoryError
 from zinfer.pinned import Pool
 from zinfer.timeline.recorder import Recorder
-from zinfer.weights.layout import Layout, lay_out_apart, placements_of
-from zinfer.weights.lowering import Placed
-from zinfer.weights.symbolic import evaluate
 from zinfer.weights.weight import Weight
 
 logger = logging.getLogger("zinfer")
 
 MEMORY = "host memory"  # what the report calls it
+WHOLE_SHARE = 4  # of a table in host memory: where more than this part is looked up, all of it is copied
 
 
 class Kept(NamedTuple):
@@ -42,18 +40,13 @@ class Kept(NamedTuple):
     pool: Pool | None
 
 
-def device_layout(weight: Weight, *, residues: bool) -> Layout:
-    """Where the tensors that `weight` is made of stand in its memory on a device."""
-    return lay_out_apart(weight.layout, placements_of(weight.provenance), ALIGNMENT, residues=residues)
-
-
 class AttachedDevice(Host):
     """A Host, and a window on `processor` that weights pass through; residents there have memory of their own.
 
     Tiers: a weight that `wants_residence` comes to stay on the device; one in `on_host` stays in a page-locked place
     in host memory and is copied at each use; the others come from the drive each time. Reads fill the host's window
     and copies the device's, both ahead of the operators: threads of its own start each copy as its read lands.
-    A weight that has to leave the device stays in host memory from its next use on, as far as `spare` bytes go.
+    A weight that has to leave the device stays in host memory from its next use on, as far as what is `spare` goes.
     `limit`: the bytes that may be allocated on the device from now on until it is closed, or dropped; None: as many as
     it has. Any thread may call any method.
     """
@@ -70,22 +63,25 @@ class AttachedDevice(Host):
         bounce: int,
         *,
         limit: int | None = None,
-        spare: int = 0,
+        spare: Spare | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.processor = processor
         self.torch_device = processor.torch_device
         self.name = processor.name
         self._kept: dict[Weight, Kept] = {}  # weights that have come to stay in host memory
-        self._layouts: dict[Weight, Layout] = {}
         self._bringing = threading.RLock()
         self.page_locks = PageLocks(processor)
         self._refusals = Refusals(processor.name)
         self._streams = Streams(processor)
+        self._assembly = Assembly(processor, self._streams)
         self._arena: Arena | None = None
         self._copies: Copies | None = None
         lock: Literal["auto", "off"] = "auto" if processor.page_locks else "off"
+        spare = spare or Spare(0)
+        self.spare_bytes = spare.nbytes  # of the host's, for weights that leave the device
         self._moved = Moved(processor, spare, self._kept, lock)
+        self._rows = Rows(processor, lock)
         holder = object()  # of the limit: the processor may have other devices
         self._lift_limit = weakref.finalize(self, processor.limit, None, holder)
         self._lift_limit.atexit = False
@@ -110,7 +106,12 @@ class AttachedDevice(Host):
     @property
     def fallbacks(self) -> list[str]:
         """As Host.fallbacks."""
-        return [*super().fallbacks, *self.page_locks.notes, *self._refusals.notes]
+        return [
+            *super().fallbacks,
+            *self.page_locks.notes,
+            *self._refusals.notes,
+            *self._moved.notes,
+        ]
 
     @property
     def pools(self) -> list[Pool]:
@@ -147,6 +148,7 @@ class AttachedDevice(Host):
             self._arena.close()
         self._kept.clear()
         self._moved.close()
+        self._rows.close()
         self._lift_limit()
         self.processor.close()
 
@@ -209,7 +211,7 @@ class AttachedDevice(Host):
             there.memory,
             partial(self._start_copy, weight, there.pool, in_place and request is not None),
             self._copying,
-            partial(self._tensor_of, weight),
+            partial(self._assembly.tensor_of, weight),
             self._follow,
             in_place=in_place,
             settles=weight.wants_residence,
@@ -273,7 +275,7 @@ class AttachedDevice(Host):
             if fetch.lease is not None:
                 return True
             weight = fetch.weight
-            nbytes = self._layout(weight).nbytes
+            nbytes = self._assembly.layout(weight).nbytes
             lease = self._own_memory(nbytes) if fetch.settles else None
             if lease is None:
                 arena = self._arena
@@ -295,54 +297,67 @@ class AttachedDevice(Host):
             self._copies.add(fetch)
         return True
 
-    def _own_memory(self, nbytes: int) -> Lease | None:
-        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+    def own_arena(self, nbytes: int) -> Arena | None:
+        """Memory of its own on the device, for what any operator may read; None where there is not enough."""
         try:
-            own = Arena(self.processor, nbytes, self._streams.known)
+            return Arena(self.processor, nbytes, self._streams.known)
         except BudgetError:
             return None
-        lease = own.acquire(nbytes)
-        own.close()
+
+    def _own_memory(self, nbytes: int) -> Lease | None:
+        """Memory of its own on the device for a weight that is to stay; None where there is not enough."""
+        own = self.own_arena(nbytes)
+        lease = own.acquire(nbytes) if own is not None else None
+        if own is not None:
+            own.close()
         return lease
 
     def refused(self, weight: Weight) -> None:
         """See Device: it streams from now on, and what it would have taken counts as lost (see residency.py)."""
         weight.wants_residence = False
-        self.refused_bytes = self._refusals.add(weight, self._layout(weight).nbytes)
+        self.refused_bytes = self._refusals.add(weight, self._assembly.layout(weight).nbytes)
 
     def shortage(self, weight: Weight) -> BudgetError:
         """What to raise where `weight` waited for room in vain."""
         host = self.window.in_use if self.window is not None else 0
         return BudgetError(
-            f"{weight.name!r} needs {self._layout(weight).nbytes} bytes of the window on {self.processor.name}, but "
-            f"{self.in_use} of its {self.window_bytes} bytes (and {host} of the host's) are held by tensors still in "
-            "use (an operator that takes several weights, or views kept by the caller); raise max_memory by "
-            f"{weight.layout.nbytes} bytes"
+            f"{weight.name!r} needs {self._assembly.layout(weight).nbytes} bytes of the window on "
+            f"{self.processor.name}, but {self.in_use} of its {self.window_bytes} bytes (and {host} of the host's) are "
+            "held by tensors still in use (an operator that takes several weights, or views kept by the caller); raise "
+            f"max_memory by {weight.layout.nbytes} bytes"
         )
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """As Host.read_rows, on the device. A weight that has a place in host memory is read to it whole, once."""
+        """As Host.read_rows, on the device; of a table in host memory all rows, where many are asked for.
+
+        A weight that has a place in host memory is read to it whole, once. Nobody waits for the copies: they are
+        followed on the device.
+        """
         if self.in_place(weight):
             self.bring(weight)
-        kept, placed = self._kept.get(weight), weight.row_source
-        if kept is None or placed is None:
-            found = super().read_rows(weight, rows)
-        else:
-            table, whole = (
-                view_of(kept.memory, weight.layout.starts[0], placed),
-                rows[-1] - rows[0] + 1 == len(rows),
-            )
-            # Rows beside each other as they lie: one alone is what `weight[i]` is, and stands at its address.
-            found = table[rows[0] : rows[-1] + 1] if whole else table[torch.tensor(rows)]
-            found = found.to(weight.dtype)
-        return flagged(found.to(self.torch_device), weight.requires_grad)
+        kept, source = self._kept.get(weight), weight.row_source
+        residue = self._assembly.row_residue(weight, rows)
+        if kept is None or source is None or not source.nbytes:
+            found = self._rows.copied(super().read_rows(weight, rows), residue)
+            return flagged(found, weight.requires_grad)
+        many = len(rows) > max(1, source.shape[0] // WHOLE_SHARE)
+        table = self._table(weight, kept) if many and weight.placed is not None else None
+        if table is not None:
+            return table
+        found = self._rows.gathered(kept.memory, weight.layout.starts[0], source, rows, residue)
+        with torch.inference_mode(False), torch.no_grad():
+            return flagged(found.to(weight.dtype), weight.requires_grad)
 
-    def _layout(self, weight: Weight) -> Layout:
-        layout = self._layouts.get(weight)
-        if layout is None:
-            layout = device_layout(weight, residues=self.processor.keeps_residue)
-            self._layouts[weight] = layout
-        return layout
+    def _table(self, weight: Weight, kept: Kept) -> torch.Tensor | None:
+        """All of `weight`, which lies in `kept`, in the device's window; None where that has no room now."""
+        arena, nbytes = self._arena, self._assembly.layout(weight).nbytes
+        lease = arena.acquire(nbytes) if arena is not None and nbytes <= arena.capacity else None
+        if lease is None:
+            return None
+        event, sources = self._start_copy(weight, kept.pool, False, kept.memory, lease, True)
+        self._copying(event, sources)
+        self._follow(event, lease, None)
+        return self._assembly.tensor_of(weight, lease, settles=False)[0]
 
     def _start_copy(
         self, weight: Weight, pool: Pool | None, stays: bool, memory: Any, lease: Lease, urgent: bool
@@ -354,22 +369,27 @@ class AttachedDevice(Host):
         self.refuse_changes({piece.run.path for piece in weight.layout.pieces})
         if stays:
             self._keep(weight, Kept(memory, pool))
-        placements = placements_of(weight.provenance)
-        starts = zip(weight.layout.starts, self._layout(weight).starts, placements, strict=True)
-        moves = []
         with torch.inference_mode(False), torch.no_grad():
-            for here, there, placed in starts:
-                if placed.nbytes:
-                    source = torch.frombuffer(memory, dtype=torch.uint8, count=placed.nbytes, offset=here)
-                    target = lease.bytes[there : there + placed.nbytes]
-                    moves += _at_slab_edges(target, source, pool)
-                    del source
-            event = self.processor.copy(moves, lease.after, urgent=urgent)
+            moves = self._assembly.moves(weight, memory, pool, lease.bytes)
+            event = self._move(moves, lease, weight.name, urgent)
+        return event, [memory, pool]  # the pool too: it counts as used until then
+
+    def _move(self, moves: Sequence[Move], lease: Lease, name: str, urgent: bool) -> Event:
+        event = self.processor.copy(moves, lease.after, urgent=urgent)
         lease.copied(event)
-        sources = [memory, pool]  # the pool too: it counts as used until then
         if self._recorder is not None:
-            self._recorder.copying(weight.name, event)
-        return event, sources
+            self._recorder.copying(name, event)
+        return event
+
+    def copy_now(self, moves: Sequence[Move], lease: Lease, name: str, sources: list[Any]) -> Event:
+        """Copy what is called `name` into `lease`, ahead of weights; `sources` are kept until that is done."""
+        event = self._move(moves, lease, name, urgent=True)
+        self._copying(event, sources)
+        return event
+
+    def follow(self, event: Event, lease: Lease) -> None:
+        """The calling thread's operators read what is in `lease` from `event` on."""
+        self._follow(event, lease, None)
 
     def _copying(self, event: Event, sources: list[Any]) -> None:
         if self._copies is not None:
@@ -382,42 +402,6 @@ class AttachedDevice(Host):
         lease.used_on(stream)
         if made is not None:
             self.processor.used(made, stream)
-
-    def _tensor_of(self, weight: Weight, lease: Lease, settles: bool) -> tuple[torch.Tensor, Event | None]:
-        """The tensor of `weight` over `lease`, or what its conversion makes of it and when that is made."""
-        provenance, starts, placements = (
-            weight.provenance,
-            self._layout(weight).starts,
-            placements_of(weight.provenance),
-        )
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = [_tensor(lease.bytes, *place) for place in zip(starts, placements, strict=True)]
-            if isinstance(provenance, Placed):
-                return flagged(tensors[0], weight.requires_grad), None
-            leaves = {id(node): tensor for (node, _), tensor in zip(provenance.leaves, tensors, strict=True)}
-            value = evaluate(provenance.expression, partial(leaf_among, leaves), self.torch_device)
-            made = flagged(value, weight.requires_grad)
-            if (
-                settles
-            ):  # a plain parameter then, which nobody hands to the streams; of leases, arenas take care
-                self._streams.share(made)
-            return made, self.processor.fence(self.processor.stream())
-
-
-def _at_slab_edges(
-    target: torch.Tensor, source: torch.Tensor, pool: Pool | None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The copy in parts: each slab of a pool is a registration of its own with the driver (see Pool)."""
-    if pool is None:
-        return [(target, source)]
-    step = pool.slab_bytes
-    edge = step - (source.data_ptr() - pool.base_address) % step
-    cuts = [0, *range(edge, source.nbytes, step), source.nbytes]
-    return [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
-
-
-def _tensor(memory: torch.Tensor, start: int, placed: Placed) -> torch.Tensor:
-    return memory[start : start + placed.nbytes].view(placed.dtype).view(placed.shape)
 
 
 def _tell(device: weakref.ref[AttachedDevice]) -> None:

@@ -99,7 +99,10 @@ class Device(Protocol):
         """What to raise where `weight` waited for room in vain."""
 
     def read_rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows (ascending, distinct) of a weight with a row source, in a tensor of their own."""
+        """Rows (ascending, distinct) of a weight with a row source, in a tensor of their own.
+
+        Of several rows, all that the weight has instead, where that costs less.
+        """
 
     def read_together(self, placements: Sequence[Placed], *, allocated: bool) -> list[torch.Tensor]:
         """Small tensors, read at once."""

@@ -68,6 +68,7 @@ class Host:
         self.drives = self.shards.drives
         self.window: Pool | None = None
         self.residents: Residents | None = None
+        self.numa_node: int | None = None  # near the drives
         self.generation = 0  # how often memory was divided anew
         self._closed = False
         try:
@@ -92,7 +93,7 @@ class Host:
     def _take_memory(
         self, places: Sequence[Weight], wanted: Sequence[Weight], window_bytes: int, at_once: bool
     ) -> None:
-        node = node_for([device.numa_node for device in self.drives.devices], online_nodes())
+        node = self.numa_node = node_for([device.numa_node for device in self.drives.devices], online_nodes())
         self.window = Pool(window_bytes, page_lock=self._page_lock, numa_node=node) if window_bytes else None
         self.residents = Residents(places, wanted, node, at_once=at_once, page_lock=self._page_lock)
         for reason in {pool.numa_reason for pool in self.pools if pool.numa_reason}:

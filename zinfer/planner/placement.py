@@ -37,13 +37,15 @@ class Footprint:
     """What one weight costs, in bytes.
 
     `resident`: kept for good. `window`: its region while streamed. `transient`: ordinary memory that
-    making it takes besides (a replayed conversion's results), at most one weight at a time.
+    making it takes besides (a replayed conversion's results), at most one weight at a time. `rows_only`: operators ask
+    for rows of it alone. `sliced`: experts, which have a cache of their own: it is neither kept nor streamed.
     """
 
     resident: int
     window: int
     transient: int = 0
     rows_only: bool = False
+    sliced: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def place(weights: Sequence[Footprint], available: int, rows: int = 1, *, throug
     transient = max((w.transient for w in weights), default=0)
     room = available - transient
     order, by_size = _streamable(weights)
-    for candidates, window in ((range(len(weights)), converted), (order, floor)):
+    everyone = [i for i, w in enumerate(weights) if not w.sliced]
+    for candidates, window in ((everyone, converted), (order, floor)):
         needed = sum(weights[i].resident for i in candidates)
         if needed + window <= room:
             return Placement(frozenset(candidates), needed, window, transient)
@@ -143,14 +146,14 @@ def grown(
 
 def streams_through(window: int, weight: Footprint) -> bool:
     """Whether a window of `window` bytes is enough for `weight`, of which rows may be all that is asked for."""
-    return weight.window <= window or (weight.rows_only and weight.window > ROWS_WINDOW)
+    return weight.window <= window or weight.sliced or (weight.rows_only and weight.window > ROWS_WINDOW)
 
 
 def smallest(weights: Sequence[Footprint], through: int = 0) -> int:
     """The fewest `available` bytes with which `place` finds a placement."""
     converted, floor = _window_floors(weights, through)
     _, by_size = _streamable(weights)
-    kept, options = 0, [sum(w.resident for w in weights) + converted]
+    kept, options = 0, [sum(w.resident for w in weights if not w.sliced) + converted]
     for i in by_size:
         options.append(kept + max(floor, weights[i].window))
         kept += weights[i].resident
@@ -173,7 +176,7 @@ def _window_floors(weights: Sequence[Footprint], through: int) -> tuple[int, int
 
 def _streamable(weights: Sequence[Footprint]) -> tuple[list[int], list[int]]:
     """Indices of the weights that operators ask for in full, in operator order and by falling size."""
-    order = [i for i, w in enumerate(weights) if not w.rows_only]
+    order = [i for i, w in enumerate(weights) if not w.rows_only and not w.sliced]
     return order, sorted(order, key=lambda i: -weights[i].window)
 
 

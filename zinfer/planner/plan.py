@@ -20,7 +20,10 @@ class Plan:
     at full length. `drive_seconds`, `pcie_seconds` and `compute_seconds` are the bounds of one decoding sweep at the
     mean length; `seconds_a_token` is the largest. `tokens_per_second` counts decoding alone, `throughput` the whole
     generation, the first token included. `prefill_chunk`: tokens of each prompt that are prefilled at once.
-    `tiers` maps the streamed and resident weights to device, host or nvme.
+    `expert_bytes`: host memory for experts that are read one by one, `device_expert_bytes`: the device's, and
+    `expert_hit_rate` how many of those that a router
+    picks are there, if it picks all alike (a real one has favourites: more are). `tiers` maps the streamed and resident
+    weights to device, host or nvme.
     """
 
     model: str
@@ -57,6 +60,9 @@ class Plan:
     throughput: float
     prefill_chunk: int
     largest_batch: int
+    expert_bytes: int = 0
+    device_expert_bytes: int = 0
+    expert_hit_rate: float | None = None
     notes: tuple[str, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
     tiers: dict[str, str] = field(default_factory=dict, repr=False)
@@ -113,6 +119,17 @@ class Plan:
                 f"{_size(self.host_window)}{within}; budget {_size(self.host_budget)}{beside}",
             )
         )
+        if self.expert_hit_rate is not None:
+            there = (
+                f" and {_size(self.device_expert_bytes)} of the device's" if self.device_expert_bytes else ""
+            )
+            rows.append(
+                (
+                    "experts",
+                    f"{_size(self.expert_bytes)} of the host's{there} for those read one by one: "
+                    f"{_percent(self.expert_hit_rate)} of the picked are there, if all are picked alike",
+                )
+            )
         rows.append(
             (
                 "nvme",
@@ -155,6 +172,10 @@ def times(decode: Bounds, prefill: Bounds, batch: int, new_tokens: int) -> dict[
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "0 %"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _time(seconds: float) -> str:

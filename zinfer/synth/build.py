@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from zinfer.errors import OptionError, StoreError
 from zinfer.synth.inventory import Inventory, model_class, take_inventory
 from zinfer.synth.shapes import resolve_config
+from zinfer.synth.skew import check_skew, skewed
 from zinfer.synth.tokenizer import byte_tokenizer, settle_special_ids
 from zinfer.synth.values import Values
 from zinfer.synth.writer import Shard, ShardWriter, index_of, plan_shards
@@ -37,13 +38,15 @@ def synthesise(
     dtype: str | torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
     layers: int | None = None,
+    router_skew: str = "none",
     progress: bool = True,
 ) -> str:
     """Write a checkpoint of `config` with random weights into the folder `out`; returns `out`.
 
     `config` is one of `SHAPES`, a config.json, a folder with one, or a config object (left as it is).
     `dtype` is float32, float16 or bfloat16; default the config's own, else bfloat16. `layers` overrides the
-    number of layers. Shards hold up to `shard_bytes` bytes (more only for one larger tensor). The same
+    number of layers. `router_skew`: "none", "mild" or "strong": how much a mixture's routers favour some experts over
+    others (see skew.py). Shards hold up to `shard_bytes` bytes (more only for one larger tensor). The same
     arguments give the same bytes; `out` that holds them already is returned at once. Memory use does not
     grow with the model. What is not finished leaves nothing behind.
 
@@ -54,14 +57,15 @@ def synthesise(
         raise OptionError(f"shard_bytes={shard_bytes}: a shard holds at least one byte")
     if seed < 0:
         raise OptionError(f"seed={seed}: a seed is not negative")
+    check_skew(router_skew)
     resolved = resolve_config(config, layers)
     wanted = _dtype(dtype, resolved)
     _prepare(resolved, wanted)
-    record = _record(resolved, seed, wanted, shard_bytes)
+    record = _record(resolved, seed, wanted, shard_bytes, router_skew)
     if _is_finished(out, record):
         logger.info("%s holds this checkpoint already", out)
         return out
-    inventory = take_inventory(resolved, wanted, seed)
+    inventory = skewed(take_inventory(resolved, wanted, seed), router_skew, seed)
     shards = plan_shards(inventory.tensors, shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     target = os.path.abspath(out)
@@ -106,7 +110,9 @@ def _prepare(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     settle_special_ids(config)
 
 
-def _record(config: PreTrainedConfig, seed: int, dtype: torch.dtype, shard_bytes: int) -> dict[str, Any]:
+def _record(
+    config: PreTrainedConfig, seed: int, dtype: torch.dtype, shard_bytes: int, router_skew: str
+) -> dict[str, Any]:
     fields = copy.deepcopy(config).to_dict()
     for volatile in ("transformers_version", "_name_or_path"):
         fields.pop(volatile, None)
@@ -117,6 +123,7 @@ def _record(config: PreTrainedConfig, seed: int, dtype: torch.dtype, shard_bytes
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
         "shard_bytes": shard_bytes,
+        **({} if router_skew == "none" else {"router_skew": router_skew}),
     }
 
 
@@ -129,7 +136,7 @@ def _is_finished(out: str, record: dict[str, Any]) -> bool:
             found = json.load(file)
     except (OSError, ValueError):
         found = None
-    if isinstance(found, dict) and all(found.get(key) == value for key, value in record.items()):
+    if isinstance(found, dict) and {k: v for k, v in found.items() if k != "files"} == record:
         files = found.get("files", {})
         if all(_size(os.path.join(out, name)) == size for name, size in files.items()):
             return True

@@ -32,7 +32,7 @@ class WeightSource(Protocol):
         ...
 
     def rows(self, weight: Weight, rows: list[int]) -> torch.Tensor:
-        """Rows `rows` (ascending, distinct) along the first dimension, stacked."""
+        """Rows `rows` (ascending, distinct) along the first dimension, stacked; of several, perhaps all there are."""
         ...
 
     def settled(self, weight: Weight) -> torch.Tensor | None:
@@ -177,7 +177,7 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     with torch.no_grad():
         out = func(*_real(args), **{key: _real(value) for key, value in kwargs.items()})
     _ended(args)
-    return _NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
+    return NoGradient.apply(trained, out) if trained is not None and isinstance(out, torch.Tensor) else out
 
 
 def _without_autocast_cache(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,7 +191,7 @@ def _without_autocast_cache(func: Callable[..., Any], args: tuple[Any, ...], kwa
         torch.set_autocast_cache_enabled(cached)
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """Passes the result of an operator on, and refuses the backward pass that would skip a streamed weight."""
 
     @staticmethod
@@ -306,7 +306,7 @@ def _assign_items(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if isinstance(value, torch.Tensor) and type(args[2]) is StreamedParameter:
         value = value.detach()
         if target.requires_grad and torch.is_grad_enabled():
-            value = _NoGradient.apply(target, value)
+            value = NoGradient.apply(target, value)
     func(target, _real(index), value)
     _ended((*(index if isinstance(index, tuple) else (index,)), args[2]))
 
@@ -323,7 +323,7 @@ def _no_bytes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those; or all, to stay."""
+    """F.embedding(ids, weight, ...): fetch each distinct row once, then look up among those, or in all of them."""
     ids = args[0] if args else kwargs["input"]
     parameter = args[1] if len(args) > 1 else kwargs["weight"]
     max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
@@ -339,9 +339,9 @@ def _embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if rows[0] < 0 or rows[-1] >= weight.shape[0]:
         raise IndexError(f"token id {rows[0] if rows[0] < 0 else rows[-1]} outside 0..{weight.shape[0] - 1}")
     table = parameter.source.settled(weight)
-    if table is not None:
-        return F.embedding(_real(ids), table)
-    return F.embedding(positions, parameter.source.rows(weight, rows))
+    if table is None:
+        table = parameter.source.rows(weight, rows)
+    return F.embedding(positions if table.shape[0] == len(rows) else _real(ids), table)
 
 
 def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -349,6 +349,8 @@ def _getitem(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     parameter, index = args
     if type(parameter) is StreamedParameter and _is_integer(index):
         weight, row = parameter.weight, int(index)
+        if weight.slices is not None and (at_hand := weight.slices.tensors.get(row)) is not None:
+            return at_hand
         if (
             weight.resident is None
             and weight.row_source is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from math import prod
 from typing import Any
@@ -13,6 +14,13 @@ from zinfer.weights.lowering import Placed, Provenance
 from zinfer.weights.symbolic import Apply
 
 aten = torch.ops.aten
+
+
+class Slices(threading.local):
+    """Slices of a weight along its first dimension that the calling thread has at hand, by index."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, torch.Tensor] = {}
 
 
 class Weight:
@@ -35,6 +43,7 @@ class Weight:
         provenance: Provenance,
         *,
         rows_only: bool = False,
+        sliced: bool = False,
         allocated: bool = False,
         requires_grad: bool = True,
     ) -> None:
@@ -44,7 +53,10 @@ class Weight:
         self.dtype = dtype
         self.provenance = provenance
         self.requires_grad = requires_grad  # no gradient ever flows, but torch picks kernels by the flag
-        self.rows_only = rows_only  # owned by an embedding alone: operators ask for rows, never for all of it
+        self.rows_only = (
+            rows_only  # operators ask for rows, never for all of it: an embedding's alone, or sliced
+        )
+        self.slices = Slices() if sliced else None  # experts: read one by one, see zinfer.experts
         self.nbytes = prod(shape) * dtype.itemsize
         self.layout: Layout = lay_out(placements_of(provenance), allocated=allocated)
         self.wants_residence = False
