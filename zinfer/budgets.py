@@ -20,6 +20,7 @@ logger = logging.getLogger("zinfer")
 CACHE_SHARE = 4  # where key-value caches are in host memory, this part of its budget is kept for them
 EXPERTS_AT_ONCE = 16  # for so many there is room even where weights of every token have to stream
 EXPERT_SHARE = 4  # ... if they take no more than this part of what weights may take
+KERNELS, KERNELS_SHARE = 320 << 20, 8  # bytes; or this part of what is free, if that is less
 HEADROOM = 512 << 20  # bytes of free memory left to the libraries' own pages and what torch allocates unasked
 HEADROOM_SHARE = (
     16  # ... or this part of it, if that is less: residency.py makes room for caches and activations
@@ -34,6 +35,15 @@ def default_budget() -> int:
 def less_headroom(free: int) -> int:
     """What zinfer may take of `free` bytes."""
     return max(free - min(HEADROOM, free // HEADROOM_SHARE), 0)
+
+
+def less_kernels(free: int) -> int:
+    """What a mixture has of `free` bytes beside torch on a CPU, which keeps a kernel for each number of rows it meets.
+
+    The experts of a long prompt get any number of rows each, in products of several shapes: up to 1024 kernels, of half
+    a megabyte as measured.
+    """
+    return free - min(KERNELS, free // KERNELS_SHARE)
 
 
 def host_budget(ceiling: int | None, spare: int) -> int:

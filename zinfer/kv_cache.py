@@ -214,7 +214,8 @@ def activation_bytes(config: Any, itemsize: int, coming: Pass, past: int = 0) ->
 
     Four tensors of the hidden size (residual, norm, attention in and out) and three of the intermediate size (gate,
     up, their product), for each new position, as transformers' decoder layers have it, and half as much again for
-    what the allocator keeps. Several tokens after `past` positions attend with a mask for each pair of positions, once
+    what the allocator keeps. Each expert that a position picks has three of the hidden size and three of its own.
+    Several tokens after `past` positions attend with a mask for each pair of positions, once
     as booleans and once as numbers, and to keys and values that are repeated for each head; so do those of the first
     pass where some are padding, or outside a sliding window. Eager attention does in any case, and has a score for each
     pair and head: what its softmax takes, in 32 bits, and what it makes.
@@ -223,7 +224,10 @@ def activation_bytes(config: Any, itemsize: int, coming: Pass, past: int = 0) ->
     hidden, intermediate, vocabulary = (
         _number(text, name) for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
-    elements = coming.tokens * (4 * hidden + 3 * intermediate) + coming.logits * vocabulary
+    picks = _number(text, "num_experts_per_tok")
+    of_expert = _number(text, "moe_intermediate_size") or intermediate
+    each = 4 * hidden + 3 * intermediate + picks * (3 * hidden + 3 * of_expert)
+    elements = coming.tokens * each + coming.logits * vocabulary
     heads, positions = _number(text, "num_attention_heads"), past + coming.tokens
     eager = getattr(text, "_attn_implementation", None) == "eager" and heads > 0
     slides = 0 < _number(text, "sliding_window") < positions

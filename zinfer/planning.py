@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zinfer.budgets import device_budget
+from zinfer.budgets import device_budget, less_kernels
 from zinfer.device.choose import processor_for
 from zinfer.device.processor import Processor
 from zinfer.dry_run import DryRunError, dry_run
@@ -143,6 +143,7 @@ def _planned(
     by_expert = by_expert and any(map(is_sliced, held))
     if by_expert:
         use_streamed_experts(outline.model)
+        free = free if machine.has_device else less_kernels(free)
     work, notes = _work(outline, held, batch, prompt, new_tokens)
     foreseen, estimate = _activations(outline, prompt), _estimate(outline, work, prompt)
     task = Task(held, work, machine, ceilings, offload, free, there, prompt, foreseen, estimate)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from zinfer.budgets import default_budget, host_budget
+from zinfer.budgets import default_budget, host_budget, less_kernels
 from zinfer.coordinator.coordinator import Coordinator
 from zinfer.coordinator.recorded import RecordedCoordinator
 from zinfer.device.device import Device
@@ -97,6 +97,8 @@ def stream(
     """
     free = default_budget()  # asked once, before anything is allocated
     by_expert = by_expert and can_stream_experts(model)
+    if by_expert and target.processor is None:
+        free = less_kernels(free)
     held = gather(model, by_expert=by_expert)
     parts = Parts(held, host_budget(target.host, free), allocated, by_expert=by_expert)
     paths = sorted({run.path for item in held for p in placements_of(item.provenance) for run in p.runs})
