@@ -223,7 +223,8 @@ def requirements(
                 False,
             )
         )
-    written = max((p.mine.written for all_points in points.values() for p in all_points), default=0)
+    reports = [p.mine.outcome.report or {} for all_points in points.values() for p in all_points]
+    written = max((report["bytes_written"] for report in reports), default=0)
     return [
         *found,
         Requirement("bytes written by zinfer", written, 0, False),
