@@ -366,6 +366,27 @@ def test_wrong_guesses_are_dropped_and_stop(saved, monkeypatch, nothing_left):
         assert cache.counters.guessed_bytes == wasted, "it goes on guessing"
 
 
+def test_where_guesses_do_not_pay_one_in_eight_is_made(saved, monkeypatch, nothing_left):
+    asked = []
+
+    def noted(router, states, picks):
+        asked.append(len(states))
+        return guess(router, states, picks)
+
+    monkeypatch.setattr(forward, "guess", noted)
+    with stream_most(saved("qwen3_moe")) as model, torch.no_grad():
+        cache = experts_of(model)
+        for right, most in ((0, 4), (1000, 32)):
+            cache.trust.note(right, 1000)
+            asked.clear()
+            for _ in range(32):
+                model(EIGHT[:1, :1])
+                cache.trust.note(right, 1000)  # whatever was found out meanwhile
+            assert len(asked) == most
+        model(EIGHT)
+        assert asked[-1] == EIGHT.numel(), "a long prompt is always looked ahead for"
+
+
 def test_nothing_is_read_ahead_before_guesses_were_right(saved, nothing_left):
     folder = saved("qwen3_moe")
     with stream(folder, 1) as model, torch.no_grad():

@@ -29,6 +29,7 @@ PATIENCE = 30.0  # seconds to wait for a slot that others hold
 TURN = 0.001  # seconds between two looks for one
 LOOK_EVERY = 0.0002  # seconds between looks which of several experts has landed
 CROWD = 2  # where more than one in so many of a layer are named, that is no guess
+SELDOM = 8  # where guesses do not pay, one in so many is made
 AHEAD_SHARE = 2  # of the slots, one in so many may hold guesses
 
 
@@ -93,6 +94,7 @@ class ExpertCache:
         # By thread and position of the layer: numbers that were named and absent; and whether most of them were.
         self._guesses: dict[tuple[int, int], tuple[set[int], bool]] = {}
         self._cancelled: list[Any] = []  # reads of wrong guesses: what the drive has begun has to end
+        self._unasked = 0  # guesses left out since the last one
         self._served = 0  # times that a pass was done with an expert
         self._needed = 0  # experts at once, where that was more than have room
         self.trust = Trust()
@@ -182,6 +184,16 @@ class ExpertCache:
             f"a token takes {needed} experts of a layer, and {allowed} have room in host memory, so that none stays "
             "for the next token: raise max_memory['cpu']"
         ]
+
+    def curious(self, picks: int, layer: ExpertLayer) -> bool:
+        """See ExpertSource."""
+        if not self.looks_ahead:
+            return False
+        if self.trust.share is None or self.trust.pays or CROWD * picks > layer.count:
+            return True
+        with self._lock:
+            self._unasked = (self._unasked + 1) % SELDOM
+            return self._unasked == 0
 
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """See ExpertSource.

@@ -119,7 +119,7 @@ class StreamedExperts:
         return out.to(dtype)
 
     def _look_ahead(self, states: torch.Tensor, picks: int) -> None:
-        if self.following is not None:
+        if self.following is not None and self.cache.curious(len(states) * picks, self.following.layer):
             guessed = self.following.guess(states, picks)
             self.cache.foresee(self.following.layer, guessed, self.layer)
 

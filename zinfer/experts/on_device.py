@@ -116,6 +116,10 @@ class DeviceExperts:
         """See ExpertSource."""
         return self.below.notes
 
+    def curious(self, picks: int, layer: ExpertLayer) -> bool:
+        """See ExpertSource."""
+        return self.below.curious(picks, layer)
+
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """See ExpertSource. What is guessed is read to host memory, where it is not on the device."""
         with self._lock:

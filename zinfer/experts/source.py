@@ -43,6 +43,12 @@ class ExpertSource(Protocol):
     def notes(self) -> list[str]:
         """What does not run as it should, for the report."""
 
+    def curious(self, picks: int, layer: ExpertLayer) -> bool:
+        """Whether to guess what `layer`, the next one, picks, where this one picked `picks` times, counting all tokens.
+
+        Rarely where guesses do not pay: that is found out at the cost of asking.
+        """
+
     def foresee(self, layer: ExpertLayer, guessed: Iterable[int], before: ExpertLayer) -> None:
         """`layer`, next after `before`, may pick the experts `guessed` (indices): read them if guesses pay."""
 

@@ -23,7 +23,7 @@ import torch
 from zinfer.errors import OptionError
 from zinfer.synth.inventory import Inventory, TensorSpec
 
-STRENGTHS = {"none": 0.0, "mild": 1.0, "strong": 3.0}  # a, above
+STRENGTHS = {"none": 0.0, "mild": 3.0, "strong": 8.0}  # a, above
 EMBEDDING = 1.0  # deviation and mean: about what the first layers add
 _ROUTER = re.compile(r"(^|\.)(gate|router)(\.[a-z_]+)*\.weight$")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
